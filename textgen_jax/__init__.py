@@ -1,0 +1,1 @@
+"""Trains causal language models on text in JAX and samples from them."""

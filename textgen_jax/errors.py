@@ -1,0 +1,31 @@
+"""What can go wrong for a user, each kind with the exit code that scripts rely on."""
+
+
+class RunError(Exception):
+  """Ends a command with one line on stderr and `exit_code`, without a traceback."""
+
+  exit_code = 1
+
+
+class UserError(RunError):
+  """Wrong input: names the field or file, its value and the constraint."""
+
+  exit_code = 2
+
+
+class Diverged(RunError):
+  """Training can't go on: losses or gradients stay non-finite."""
+
+  exit_code = 3
+
+
+class NoGoodCheckpoint(RunError):
+  """Checkpoints exist and none can be used."""
+
+  exit_code = 4
+
+
+class MachineFailed(RunError):
+  """The disk, a save or a peer failed; the input isn't to blame."""
+
+  exit_code = 5
