@@ -29,3 +29,11 @@ class MachineFailed(RunError):
   """The disk, a save or a peer failed; the input isn't to blame."""
 
   exit_code = 5
+
+
+class Stopped(RunError):
+  """A signal ended the run after its last finished step was saved."""
+
+  def __init__(self, message: str, signal_number: int):
+    super().__init__(message)
+    self.exit_code = 128 + signal_number

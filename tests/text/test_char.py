@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+
+from textgen_jax import errors
+from textgen_jax.text import base, build, char
+
+
+def train(*texts, unknown_symbol=''):
+  return char.CharTokenizer.train(base.TokenizerConfig(unknown_symbol=unknown_symbol), texts)
+
+
+def test_ids_follow_code_points():
+  tokenizer = train('ba\n', '\u4e16a\U0001f600')
+  assert tokenizer.vocab_size == 5
+  ids = tokenizer.encode('\nab\u4e16\U0001f600b')
+  assert ids.dtype == np.int32
+  assert ids.tolist() == [0, 1, 2, 3, 4, 2]
+  assert tokenizer.decode(ids) == '\nab\u4e16\U0001f600b'
+  assert tokenizer.byte_lengths().tolist() == [1, 1, 1, 3, 4]
+  assert tokenizer.encode('').shape == (0,)
+  assert tokenizer.decode([]) == ''
+
+
+def test_byte_lengths_sum_to_the_text():
+  text = 'na\u00efve \u4e16\u754c \U0001f600'
+  tokenizer = train(text)
+  assert tokenizer.byte_lengths()[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+def test_document_starts_with_a_newline_or_else_the_first_character():
+  assert train('xa\nb').special_ids == {'document_start': 0}
+  assert train('', 'xab').special_ids == {'document_start': 2}
+
+
+@pytest.mark.parametrize(('text', 'offset'), [('abcz', 3), ('\u00e9', 0), ('a\U0010ffff', 1), ('a\udc80', 1), ('\x00', 0)])
+def test_unknown_character_is_named(text, offset):
+  with pytest.raises(errors.UserError, match='unknown_symbol') as caught:
+    train('abc').encode(text)
+  assert f'{text[offset]!r} at offset {offset}' in str(caught.value)
+
+
+def test_unknown_symbol_has_an_id_of_its_own():
+  tokenizer = train('abc?\n', unknown_symbol='?')
+  assert tokenizer.vocab_size == 6
+  assert tokenizer.special_ids == {'document_start': 0, 'unknown': 5}
+  assert tokenizer.encode('az\udc80\U0010ffff?').tolist() == [2, 5, 5, 5, 1]
+  assert tokenizer.decode([2, 5, 1]) == 'a??'
+  assert len(tokenizer.byte_lengths()) == 6
+
+
+def test_stream_equals_whole():
+  tokenizer = train('a\u4e16\U0001f600')
+  decoder = tokenizer.incremental_decoder()
+  assert decoder.feed([2]) + decoder.feed([]) + decoder.feed([0, 1]) + decoder.flush() == tokenizer.decode([2, 0, 1])
+
+
+@pytest.mark.parametrize('symbol', ['', '\ufffd'])
+def test_saves_and_loads(tmp_path, symbol):
+  tokenizer = train('q\u00e9\U0001f600x', unknown_symbol=symbol)
+  tokenizer.save(tmp_path / 'new')
+  loaded = build.load(tmp_path / 'new')
+  assert loaded.fingerprint() == tokenizer.fingerprint()
+  assert loaded.special_ids == tokenizer.special_ids
+  assert loaded.decode(range(loaded.vocab_size)) == 'qx\u00e9\U0001f600' + symbol
+  assert [path.name for path in (tmp_path / 'new').iterdir()] == ['tokenizer.json']
+
+
+def test_fingerprint_tells_vocabularies_and_starts_apart():
+  cases = [('ab', ''), ('ba', ''), ('abc', ''), ('ab', '?')]
+  prints = {train(text, unknown_symbol=symbol).fingerprint() for text, symbol in cases}
+  assert len(prints) == 4
+
+
+def test_empty_and_broken_training_text_is_refused():
+  with pytest.raises(errors.UserError, match='at least 1 character'):
+    train('', '')
+  with pytest.raises(errors.UserError, match='surrogate'):
+    train('a\ud800')

@@ -1,0 +1,131 @@
+"""Flags in, an experiment out; every user's mistake as one line and an exit code."""
+
+import copy
+import dataclasses
+import difflib
+import pathlib
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from textgen_jax import errors
+from textgen_jax import experiment as experiment_lib
+from textgen_jax.models import build
+
+
+def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+  """Calls `main(argv)` and gives the exit code; a RunError becomes one line on stderr."""
+  try:
+    main(argv)
+  except errors.RunError as error:
+    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+    return error.exit_code
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    return 130
+  except BrokenPipeError:  # the reader of stdout has gone, as `head` does
+    sys.stderr.close()
+    return 0
+  return 0
+
+
+def parse_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+  """Parses all of argv, or raises UserError with the nearest flag's name."""
+  try:
+    rest = values(list(argv))
+  except flags.UnrecognizedFlagError as error:
+    near = difflib.get_close_matches(error.flagname, list(values), 1)
+    hint = f'; did you mean --{near[0]}?' if near else ''
+    raise errors.UserError(f'there is no flag --{error.flagname}{hint}') from error
+  except flags.Error as error:
+    raise errors.UserError(str(error)) from error
+  if len(rest) > 1:
+    raise errors.UserError(f'{rest[1]!r} is not a flag: flags are written --name=value')
+
+
+def wants_help(argv: Sequence[str]) -> bool:
+  return any(arg in ('--help', '-h', '-help', '--helpfull', '--helpshort') for arg in argv[1:])
+
+
+def parse_experiment(argv: Sequence[str]) -> tuple[experiment_lib.Experiment, str]:
+  """The experiment and the workdir that `--config`, `--config.field` and `--workdir` describe.
+
+  Raises:
+    UserError: names the flag or field, with the nearest that there is.
+  """
+  overrides = [arg for arg in argv[1:] if arg.lstrip('-').startswith('config.')]
+  others = [arg for arg in argv if arg not in overrides]
+  values = flags.FlagValues()
+  flags.DEFINE_string('config', None, 'a file of configs/', flag_values=values)
+  flags.DEFINE_string('workdir', None, 'where the run lives', flag_values=values)
+  parse_flags(values, others)
+  if not values.config:
+    raise errors.UserError('--config is missing: name a file, such as --config=configs/shakespeare_char.py')
+  if not values.workdir:
+    raise errors.UserError('--workdir is missing: name a directory for the run, such as --workdir=runs/shakespeare')
+  base = load_config(values.config)
+  for override in overrides:
+    _check_override(base, override)
+  return _apply(values.config, overrides), values.workdir
+
+
+def load_config(path: str) -> experiment_lib.Experiment:
+  """What a config file's `get_config()` gives."""
+  if not pathlib.Path(path).is_file():
+    near = difflib.get_close_matches(path, [str(p) for p in pathlib.Path(path).parent.glob('*.py')], 1)
+    raise errors.UserError(f'--config={path!r} is not a file' + (f'; did you mean {near[0]}?' if near else ''))
+  return _apply(path, [])
+
+
+def _apply(path: str, overrides: Sequence[str]) -> experiment_lib.Experiment:
+  values = flags.FlagValues()
+  argv = ['train.py', f'--config={path}', *overrides]
+  config_flags.DEFINE_config_file('config', None, 'a config file', flag_values=values, sys_argv=argv)
+  parse_flags(values, argv)
+  try:
+    experiment = copy.deepcopy(values.config)
+    is_experiment = isinstance(experiment, experiment_lib.Experiment)
+  except (OSError, AttributeError) as error:
+    raise errors.UserError(f'--config={path!r} has no get_config() that could be called: {str(error).splitlines()[0]}') from error
+  if not is_experiment:
+    raise errors.UserError(f'--config={path!r}: get_config() gives a {type(experiment).__name__}, not an Experiment')
+  return experiment
+
+
+def _check_override(config: Any, override: str) -> None:
+  """Raises UserError where `--config.a.b=value` names no field of the tree."""
+  path = override.lstrip('-').partition('=')[0].removeprefix('config.')
+  prefix = ''
+  for name in path.split('.'):
+    names = [field.name for field in dataclasses.fields(config)] if dataclasses.is_dataclass(config) else []
+    if name not in names:
+      if not names:
+        raise errors.UserError(f'there is no field {path}: {prefix.rstrip(".")} has no fields')
+      raise errors.UserError(experiment_lib.unknown_field(prefix + name, prefix, name, names))
+    prefix, config = f'{prefix}{name}.', getattr(config, name)
+  if dataclasses.is_dataclass(config):
+    names = ', '.join(prefix + field.name for field in dataclasses.fields(config))
+    raise errors.UserError(f'{path} is a group of fields: set one of {names}')
+
+
+def config_help(config: experiment_lib.Experiment) -> str:
+  """The whole tree, a line a field: how to set it, its value, its type."""
+  lines = []
+
+  def walk(node: Any, prefix: str) -> None:
+    hints = typing.get_type_hints(type(node))
+    for field in dataclasses.fields(node):
+      value = getattr(node, field.name)
+      if dataclasses.is_dataclass(value):
+        kind = next((f' ({kind})' for kind, cls in build.CONFIGS.items() if isinstance(value, cls)), '')
+        lines.append(f'\n{prefix}{field.name}{kind}')
+        walk(value, f'{prefix}{field.name}.')
+      else:
+        lines.append(f'  --config.{prefix}{field.name}={value!r}  ({experiment_lib.type_name(hints[field.name])})')
+
+  walk(config, '')
+  return '\n'.join(lines)

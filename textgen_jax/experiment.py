@@ -1,0 +1,214 @@
+"""All configuration in one tree of dataclasses: its checks and its JSON."""
+
+import copy
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from typing import Any
+
+from textgen_jax import errors
+from textgen_jax import sharding as sharding_lib
+from textgen_jax.data import corpora
+from textgen_jax.models import build, transformer
+from textgen_jax.text import base as text_base
+from textgen_jax.text import build as text_build
+from textgen_jax.training import optimizer as optimizer_lib
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainingConfig:
+  num_steps: int = 5000
+  batch_size: int = 64  # rows over all devices
+  sequence_length: int = 256  # tokens a row; the context that the model is trained on
+  windows: str = 'random'  # random | contiguous (streams that carry a recurrent state from batch to batch)
+  accumulation_steps: int = 1  # micro-batches that a batch is split into, by rows
+  log_every_steps: int = 10
+  eval_every_steps: int = 500  # 0: only at the end
+  eval_batch_size: int = 64
+  eval_max_tokens: int = 0  # evaluate on a prefix of the split during training; 0: whole. At the end always whole
+  checkpoint_every_steps: int = 500  # 0: only at the end
+  keep_checkpoints: int = 1  # the latest; the best by val loss is kept beside them
+  sample_every_steps: int = -1  # -1: at every evaluation; 0: never
+  sample_prompt: str = ''  # empty: the token that stands before a document
+  sample_temperatures: tuple[float, ...] = (0.2, 0.5, 1.0, 1.2)
+  sample_tokens: int = 200
+  profile_steps: str = ''  # 'FIRST:LAST' writes a profiler trace of those steps to the workdir
+
+
+@dataclasses.dataclass(kw_only=True)
+class Experiment:
+  """One training run."""
+
+  seed: int = 0  # of parameters, batches and dropout
+  init_from: str = ''  # a workdir whose best params to start from, with a fresh optimizer
+  data: corpora.DataConfig = dataclasses.field(default_factory=corpora.DataConfig)
+  tokenizer: text_base.TokenizerConfig = dataclasses.field(default_factory=text_base.TokenizerConfig)
+  model: build.ModelConfig = dataclasses.field(default_factory=transformer.TransformerConfig)
+  optimizer: optimizer_lib.OptimizerConfig = dataclasses.field(default_factory=optimizer_lib.OptimizerConfig)
+  sharding: sharding_lib.ShardingConfig = dataclasses.field(default_factory=sharding_lib.ShardingConfig)
+  training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+
+
+# Fields that may differ when a run goes on: none of them changes a step's result on the same devices.
+# Where the text lies isn't compared either: that it is the same text is told by its fingerprint.
+MAY_CHANGE = frozenset(
+  ['training.num_steps', 'training.keep_checkpoints', 'training.profile_steps', 'data.corpus', 'data.path', 'data.val_fraction']
+  + [f'training.{name}_every_steps' for name in ('log', 'eval', 'checkpoint', 'sample')]
+  + [f'training.{name}' for name in ('eval_max_tokens', 'eval_batch_size', 'sample_prompt', 'sample_temperatures', 'sample_tokens')]
+  + ['sharding.data', 'sharding.fsdp', 'sharding.rules']
+)
+
+
+def check(experiment: Experiment) -> None:
+  """Raises UserError for the first value that can't work, before anything compiles or is written."""
+  check_types(experiment)
+  if not 0 <= experiment.seed < 2**32:
+    raise errors.UserError(f'seed={experiment.seed} is not in [0, 2**32)')
+  corpora.check(experiment.data)
+  text_build.check(experiment.tokenizer)
+  build.check(experiment.model)
+  resolved = resolve(experiment)
+  optimizer_lib.check(resolved.optimizer)
+  sharding_lib.check(experiment.sharding)
+  _check_training(experiment.training)
+  if experiment.training.windows == 'contiguous' and isinstance(experiment.model, transformer.TransformerConfig):
+    raise errors.UserError("training.windows='contiguous' carries a recurrent state between batches, and a Transformer has none")
+
+
+def _check_training(config: TrainingConfig) -> None:
+  lowest = {'sample_every_steps': -1}
+  lowest |= dict.fromkeys(('eval_every_steps', 'checkpoint_every_steps', 'eval_max_tokens', 'sample_tokens'), 0)
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if isinstance(value, int) and value < lowest.get(field.name, 1):
+      raise errors.UserError(f'training.{field.name}={value} is below {lowest.get(field.name, 1)}')
+  if config.eval_max_tokens == 1:
+    raise errors.UserError('training.eval_max_tokens=1 leaves nothing to predict: at least 2, or 0 for the whole split')
+  if config.batch_size % config.accumulation_steps:
+    raise errors.UserError(
+      f"training.batch_size={config.batch_size} isn't divisible by training.accumulation_steps={config.accumulation_steps}"
+    )
+  if config.windows not in ('random', 'contiguous'):
+    raise errors.UserError(f'training.windows={config.windows!r} is none of random, contiguous')
+  for temperature in config.sample_temperatures:
+    if not (math.isfinite(temperature) and temperature >= 0):
+      raise errors.UserError(f'training.sample_temperatures has {temperature}, which is not a finite number of at least 0')
+  parse_profile_steps(config.profile_steps)
+
+
+def parse_profile_steps(text: str) -> range:
+  """'10:15' as the steps 10 to 15, counted from 1; '' as none."""
+  if not text:
+    return range(0)
+  first, _, last = text.partition(':')
+  if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+    raise errors.UserError(f"training.profile_steps={text!r} is not FIRST:LAST with 1 <= FIRST <= LAST, such as '10:15'")
+  return range(int(first), int(last) + 1)
+
+
+def resolve(experiment: Experiment) -> Experiment:
+  """A copy in which a 0 that stands for another field is replaced by it."""
+  resolved = copy.deepcopy(experiment)
+  resolved.optimizer.schedule_steps = experiment.optimizer.schedule_steps or experiment.training.num_steps
+  return resolved
+
+
+def check_types(config: Any, prefix: str = '') -> None:
+  """Raises UserError for the first field whose value isn't of the type that the field declares."""
+  hints = typing.get_type_hints(type(config))
+  for field in dataclasses.fields(config):
+    name, value, hint = prefix + field.name, getattr(config, field.name), hints[field.name]
+    if dataclasses.is_dataclass(value) and isinstance(value, hint):
+      check_types(value, name + '.')
+    elif not _fits(value, hint):
+      raise errors.UserError(f'{name}={value!r} is not of type {type_name(hint)}')
+    elif hint is float:
+      setattr(config, field.name, float(value))  # an int is a fine float, but its JSON would differ
+
+
+def _fits(value: Any, hint: Any) -> bool:
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (typing.Union, types.UnionType):
+    return any(_fits(value, arg) for arg in args)
+  if origin is tuple:
+    return isinstance(value, tuple) and all(_fits(item, args[0]) for item in value)
+  if origin is list:
+    return isinstance(value, list) and all(_fits(item, args[0]) for item in value)
+  if origin is dict:
+    return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
+  if hint is float:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+  return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def type_name(hint: Any) -> str:
+  return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace('typing.', '')
+
+
+def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
+  """`{'training.num_steps': 5000, ...}`; the model's class stands as `model.kind`."""
+  flat: dict[str, Any] = {}
+  for name, value in to_json(config).items():
+    flat |= _flatten_json(value, prefix + name)
+  return flat
+
+
+def _flatten_json(value: Any, name: str) -> dict[str, Any]:
+  if not isinstance(value, dict) or name == 'sharding.rules':
+    return {name: value}
+  return {k: v for key, item in value.items() for k, v in _flatten_json(item, f'{name}.{key}').items()}
+
+
+def differences(stored: Experiment, given: Experiment) -> list[str]:
+  """What `given` changes of `stored`, a line a field: `name: old -> new`."""
+  old, new = flatten(stored), flatten(given)
+  return [f'{name}: {old.get(name)!r} -> {new.get(name)!r}' for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def to_json(experiment: Experiment) -> dict[str, Any]:
+  """Plain JSON values; numbers as they are, the model with its kind."""
+  content = dataclasses.asdict(experiment)
+  kind = next(kind for kind, cls in build.CONFIGS.items() if isinstance(experiment.model, cls))
+  content['model'] = {'kind': kind, **content['model']}
+  content['training']['sample_temperatures'] = list(experiment.training.sample_temperatures)
+  return content
+
+
+def from_json(content: Any, source: str) -> Experiment:
+  """The reverse of `to_json`. Fields that are missing get their defaults, unknown ones are refused.
+
+  Args:
+    content: parsed JSON.
+    source: the file's name, for errors.
+  """
+  content = copy.deepcopy(content)
+  if not isinstance(content, dict) or not isinstance(content.get('model'), dict):
+    raise errors.UserError(f'{source}: not the configuration of an experiment')
+  kind = content['model'].pop('kind', None)
+  if kind not in build.CONFIGS:
+    raise errors.UserError(f'{source}: model.kind={kind!r} is none of {", ".join(build.CONFIGS)}')
+  experiment = Experiment(model=build.CONFIGS[kind]())
+  _fill(experiment, content, source, '')
+  check(experiment)
+  return experiment
+
+
+def _fill(config: Any, content: dict[str, Any], source: str, prefix: str) -> None:
+  names = [field.name for field in dataclasses.fields(config)]
+  for name, value in content.items():
+    if name not in names:
+      raise errors.UserError(f'{source}: {unknown_field(prefix + name, prefix, name, names)}')
+    current = getattr(config, name)
+    if dataclasses.is_dataclass(current):
+      if not isinstance(value, dict):
+        raise errors.UserError(f'{source}: {prefix}{name}={value!r} is not an object')
+      _fill(current, value, source, f'{prefix}{name}.')
+    else:
+      setattr(config, name, tuple(value) if isinstance(current, tuple) and isinstance(value, list) else value)
+
+
+def unknown_field(path: str, prefix: str, name: str, names: list[str]) -> str:
+  near = difflib.get_close_matches(name, names, 1, cutoff=0.5)
+  return f'there is no field {path}' + (f'; did you mean {prefix}{near[0]}?' if near else f'; there are {", ".join(names)}')

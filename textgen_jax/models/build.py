@@ -1,0 +1,78 @@
+"""The one place that names concrete models."""
+
+import copy
+import dataclasses
+import difflib
+import importlib
+import math
+from typing import Any
+
+from textgen_jax import errors
+from textgen_jax.models import base, lstm, transformer
+
+ModelConfig = transformer.TransformerConfig | lstm.LSTMConfig
+
+# What a stored config calls each family.
+CONFIGS: dict[str, type] = {'transformer': transformer.TransformerConfig, 'lstm': lstm.LSTMConfig}
+
+# Attention variants for `model.attention`: a subclass of `attention.Attention` each.
+ATTENTIONS = {
+  'softmax': 'textgen_jax.models.attention.Attention',
+}
+
+CHOICES = {
+  'position': ('rotary', 'learned'),
+  'norm': ('rms', 'layer'),
+  'activation': ('relu2', 'swiglu', 'gelu'),
+  'attention': tuple(ATTENTIONS),
+  'init': ('zero_residual', 'gpt2'),
+  'compute_dtype': ('auto', 'float32', 'bfloat16'),
+}
+
+
+def build(config: ModelConfig, vocab_size: int, context_length: int, constrain: base.Constrain = base.unconstrained) -> Any:
+  """A model for `vocab_size` token ids, trained on `context_length` tokens at a time.
+
+  Models with equal arguments are equal and hash alike, so they can be static arguments of `jax.jit`.
+  """
+  config = copy.deepcopy(config)  # the module's hash must not change under it
+  if isinstance(config, lstm.LSTMConfig):
+    return lstm.LSTM(config, vocab_size, context_length, constrain)
+  module, name = ATTENTIONS[config.attention].rsplit('.', 1)
+  attention_class = getattr(importlib.import_module(module), name)
+  return transformer.Transformer(config, vocab_size, context_length, attention_class, constrain)
+
+
+def check(config: ModelConfig) -> None:
+  """Raises UserError for a value that no model can be built with."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if field.name in CHOICES and value not in CHOICES[field.name]:
+      near = difflib.get_close_matches(str(value), CHOICES[field.name], 1)
+      hint = f'; did you mean {near[0]!r}?' if near else ''
+      raise errors.UserError(f'model.{field.name}={value!r} is none of {", ".join(CHOICES[field.name])}{hint}')
+    if field.name.endswith('dropout') and not 0 <= value < 1:
+      raise errors.UserError(f'model.{field.name}={value!r} is not in [0, 1)')
+  for name in ('dim', 'num_layers', 'vocab_multiple'):
+    _at_least(config, name, 1)
+  if isinstance(config, lstm.LSTMConfig):
+    if not math.isfinite(config.forget_bias):
+      raise errors.UserError(f'model.forget_bias={config.forget_bias} is not a finite number')
+    return
+  _at_least(config, 'num_heads', 1)
+  _at_least(config, 'num_kv_heads', 0)
+  _at_least(config, 'hidden_dim', 0)
+  if config.dim % config.num_heads:
+    raise errors.UserError(f"model.dim={config.dim} isn't divisible by model.num_heads={config.num_heads}")
+  if config.num_kv_heads and config.num_heads % config.num_kv_heads:
+    raise errors.UserError(f"model.num_heads={config.num_heads} isn't divisible by model.num_kv_heads={config.num_kv_heads}")
+  if config.position == 'rotary' and config.dim // config.num_heads % 2:
+    width = config.dim // config.num_heads
+    raise errors.UserError(f"model.dim={config.dim} over model.num_heads={config.num_heads} is {width} a head: rotary positions need it even")
+  if not (math.isfinite(config.rope_theta) and config.rope_theta > 1):
+    raise errors.UserError(f'model.rope_theta={config.rope_theta} is not a finite number above 1')
+
+
+def _at_least(config: ModelConfig, name: str, low: int) -> None:
+  if getattr(config, name) < low:
+    raise errors.UserError(f'model.{name}={getattr(config, name)} is below {low}')

@@ -1,0 +1,126 @@
+"""The device mesh, and where every parameter, batch and activation lies on it."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from textgen_jax import axes, errors, trees
+from textgen_jax.models import base
+
+MESH_AXES = ('data', 'fsdp')
+
+
+def _default_rules() -> dict[str, list[str]]:
+  rules: dict[str, list[str]] = {name: [] for name in axes.ALL}
+  return rules | {axes.BATCH: ['data', 'fsdp'], axes.EMBED: ['fsdp']}
+
+
+@dataclasses.dataclass(kw_only=True)
+class ShardingConfig:
+  """Sizes of the mesh, and which mesh axes each logical axis (`axes.py`) is split over."""
+
+  data: int = -1  # copies of the parameters; -1: all devices that are left
+  fsdp: int = 1  # devices that share one copy of parameters and optimizer state; -1: all that are left
+  rules: dict[str, list[str]] = dataclasses.field(default_factory=_default_rules)
+
+
+def check(config: ShardingConfig) -> None:
+  """Raises UserError for sizes and rules that make no mesh on any number of devices."""
+  for name in MESH_AXES:
+    size = getattr(config, name)
+    if size != -1 and size < 1:
+      raise errors.UserError(f'sharding.{name}={size} is neither -1 nor at least 1')
+  if config.data == config.fsdp == -1:
+    raise errors.UserError('sharding.data=-1 and sharding.fsdp=-1: only one of them can take the devices that are left')
+  for name in axes.ALL:
+    unknown = [axis for axis in config.rules.get(name, ['(missing)']) if axis not in MESH_AXES]
+    if unknown:
+      raise errors.UserError(f'sharding.rules[{name!r}] names {unknown[0]!r}, which is no mesh axis ({", ".join(MESH_AXES)})')
+
+
+def make_mesh(config: ShardingConfig) -> Mesh:
+  """A mesh `data x fsdp` over all devices."""
+  count = jax.device_count()
+  sizes = [config.data, config.fsdp]
+  if -1 in sizes:
+    known = math.prod(size for size in sizes if size != -1)
+    if count % known:
+      raise errors.UserError(f"{count} devices aren't divisible by sharding sizes data={config.data}, fsdp={config.fsdp}")
+    sizes[sizes.index(-1)] = count // known
+  if math.prod(sizes) != count:
+    raise errors.UserError(f'sharding.data={config.data} x sharding.fsdp={config.fsdp} is not the number of devices, {count}')
+  # The default axis type, Explicit, breaks linen's modules.
+  return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def _spec(names: tuple[str | None, ...], rules: Mapping[str, list[str]]) -> PartitionSpec:
+  return PartitionSpec(*(tuple(rules[name]) or None if name else None for name in names))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConstrain:
+  """Keeps activations split as the rules say; hashable, so that models stay static arguments."""
+
+  mesh: Mesh
+  rules: tuple[tuple[str, tuple[str, ...]], ...]
+
+  def __call__(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    rules = {name: list(mesh_axes) for name, mesh_axes in self.rules}
+    return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, _spec(names, rules)))
+
+
+def make_constrain(config: ShardingConfig, mesh: Mesh) -> base.Constrain:
+  """What models call on their activations."""
+  if mesh.size == 1:
+    return base.unconstrained
+  return MeshConstrain(mesh, tuple((name, tuple(mesh_axes)) for name, mesh_axes in config.rules.items()))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(config: ShardingConfig, mesh: Mesh) -> NamedSharding:
+  """Rows over the devices; whatever follows B stays whole."""
+  return NamedSharding(mesh, _spec((axes.BATCH,), config.rules))
+
+
+def batch_divisor(config: ShardingConfig, mesh: Mesh) -> int:
+  """How many ways rows are split."""
+  return math.prod(mesh.shape[axis] for axis in config.rules[axes.BATCH])
+
+
+def param_shardings(abstract_boxed_params: Any, config: ShardingConfig, mesh: Mesh) -> Any:
+  """Each parameter's sharding, from its logical axis names.
+
+  Args:
+    abstract_boxed_params: params as `eval_shape` of `init` gives them, axis names included.
+    config: the rules.
+    mesh: the mesh.
+
+  Raises:
+    UserError: a parameter's axis isn't divisible by the mesh axes that it is split over.
+  """
+  rules = [(name, tuple(mesh_axes) or None) for name, mesh_axes in config.rules.items()]
+  specs = nn.get_partition_spec(abstract_boxed_params)
+  shardings = nn.logical_to_mesh_sharding(specs, mesh, rules)
+  leaves = trees.named_leaves(nn.unbox(abstract_boxed_params))
+  for (name, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+    for size, split in zip(leaf.shape, sharding.spec, strict=False):
+      parts = math.prod(mesh.shape[axis] for axis in ([split] if isinstance(split, str) else split or ()))
+      if size % parts:
+        raise errors.UserError(f'parameter {name} has an axis of {size}, which {parts} devices along {split} do not divide')
+  return shardings
+
+
+def optimizer_shardings(tx: optax.GradientTransformation, abstract_opt_state: Any, shardings: Any, mesh: Mesh) -> Any:
+  """Moments lie as their parameters do; counts are copied to every device."""
+  return optax.tree_utils.tree_map_params(
+    tx, lambda _, sharding: sharding, abstract_opt_state, shardings, transform_non_params=lambda _: replicated(mesh)
+  )

@@ -1,0 +1,102 @@
+"""What a tokenizer is, and what all kinds share."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from textgen_jax import errors
+
+FILE_NAME = 'tokenizer.json'
+MAX_FILE_BYTES = 64 << 20  # every Unicode character, escaped, takes 13 MiB
+
+
+@dataclasses.dataclass(kw_only=True)
+class TokenizerConfig:
+  kind: str = 'char'        # one of text.build.KINDS
+  unknown_symbol: str = ''  # char only: stands for every character not in the training split; empty: such a one is an error
+
+
+class IncrementalDecoder(Protocol):
+  """Decodes a stream of ids; what it gives, joined, is `decode` of all of them."""
+
+  def feed(self, ids: Sequence[int] | np.ndarray) -> str:
+    """The text that `ids` complete; never half a character."""
+
+  def flush(self) -> str:
+    """What is left when the stream ends; the decoder starts anew."""
+
+
+class Tokenizer(Protocol):
+  """Text to ids in [0, vocab_size) and back."""
+
+  kind: str
+  vocab_size: int
+  special_ids: dict[str, int]  # 'document_start' stands before a document, and an empty prompt starts from it
+
+  def encode(self, text: str) -> np.ndarray:
+    """Ids of `text`, int32 [N]. Raises UserError for what has no id."""
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """Text of `ids`. Raises ValueError for ids outside the vocabulary."""
+
+  def byte_lengths(self) -> np.ndarray:
+    """UTF-8 bytes that each token stands for, int32 [V]: turns nats per token into bits per byte."""
+
+  def incremental_decoder(self) -> IncrementalDecoder:
+    """A decoder for streaming."""
+
+  def save(self, directory: str | os.PathLike) -> None:
+    """Writes JSON files into `directory`, which is made where it is missing."""
+
+  def fingerprint(self) -> str:
+    """SHA-256 (hex) of everything that decides ids and text."""
+
+
+def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
+  """`ids` as a flat int64 array; a negative id would otherwise count from the end, silently."""
+  ids = np.asarray(ids).astype(np.int64).reshape(-1)
+  if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+    raise ValueError(f'token ids span [{ids.min()}, {ids.max()}], outside [0, {vocab_size})')
+  return ids
+
+
+def fingerprint(fields: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def write_fields(directory: str | os.PathLike, fields: dict[str, Any]) -> None:
+  """Writes a tokenizer's JSON; a reader never sees half of it."""
+  path = pathlib.Path(directory) / FILE_NAME
+  temporary = path.with_name(f'{FILE_NAME}.{os.getpid()}.tmp')
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(json.dumps(fields, sort_keys=True) + '\n', encoding='utf-8')
+    temporary.replace(path)
+  except OSError as error:
+    raise errors.MachineFailed(f"can't write {path}: {error.strerror}") from error
+
+
+def read_fields(directory: str | os.PathLike, types: dict[str, type]) -> dict[str, Any]:
+  """Reads a tokenizer's JSON, whose fields in `types` must be there with just that type."""
+  path = pathlib.Path(directory) / FILE_NAME
+  try:
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+      raise errors.UserError(f'{path} has {size} bytes: no tokenizer file has more than {MAX_FILE_BYTES}')
+    fields = json.loads(path.read_bytes())
+  except OSError as error:
+    raise errors.UserError(f"can't read {path}: {error.strerror}") from error
+  except (ValueError, RecursionError) as error:
+    raise errors.UserError(f"{path} isn't JSON: {error}") from error
+  if not isinstance(fields, dict):
+    raise errors.UserError(f'{path} must hold a JSON object, not {type(fields).__name__}')
+  for name, wanted in types.items():
+    if type(fields.get(name)) is not wanted:
+      raise errors.UserError(f'{path}: {name}={fields.get(name)!r:.60} must be of type {wanted.__name__}')
+  return fields

@@ -1,0 +1,73 @@
+"""A token for each of the 256 bytes of UTF-8: knows every text, and needs no training."""
+
+import codecs
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from textgen_jax import errors
+from textgen_jax.text import base
+
+
+class ByteTokenizer:
+  """Ids are the bytes themselves."""
+
+  kind = 'byte'
+  vocab_size = 256
+
+  def __init__(self):
+    self.special_ids = {'document_start': ord('\n')}
+
+  @classmethod
+  def train(cls, config: base.TokenizerConfig, texts: Sequence[str]) -> 'ByteTokenizer':
+    del config, texts  # nothing to learn
+    return cls()
+
+  @classmethod
+  def load(cls, directory: str | os.PathLike) -> 'ByteTokenizer':
+    base.read_fields(directory, {'kind': str})
+    return cls()
+
+  def encode(self, text: str) -> np.ndarray:
+    # Bytes of an argument that weren't UTF-8 arrive as lone surrogates U+DC80..U+DCFF, and become those bytes again.
+    try:
+      data = text.encode('utf-8', 'surrogateescape')
+    except UnicodeEncodeError as error:
+      raise errors.UserError(f'character {text[error.start]!r} at offset {error.start} is half a surrogate pair, not text') from error
+    return np.frombuffer(data, np.uint8).astype(np.int32)
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """Bytes that aren't UTF-8 become U+FFFD."""
+    return _to_bytes(ids).decode('utf-8', 'replace')
+
+  def byte_lengths(self) -> np.ndarray:
+    return np.ones(self.vocab_size, np.int32)
+
+  def incremental_decoder(self) -> '_ByteDecoder':
+    return _ByteDecoder()
+
+  def save(self, directory: str | os.PathLike) -> None:
+    base.write_fields(directory, self._fields())
+
+  def fingerprint(self) -> str:
+    return base.fingerprint(self._fields())
+
+  def _fields(self) -> dict:
+    return {'format': 1, 'kind': self.kind}
+
+
+class _ByteDecoder:
+
+  def __init__(self):
+    self._decoder = codecs.getincrementaldecoder('utf-8')('replace')
+
+  def feed(self, ids: Sequence[int] | np.ndarray) -> str:
+    return self._decoder.decode(_to_bytes(ids))
+
+  def flush(self) -> str:
+    return self._decoder.decode(b'', final=True)
+
+
+def _to_bytes(ids: Sequence[int] | np.ndarray) -> bytes:
+  return base.check_ids(ids, ByteTokenizer.vocab_size).astype(np.uint8).tobytes()

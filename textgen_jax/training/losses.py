@@ -1,0 +1,16 @@
+"""Next-token cross-entropy."""
+
+import jax
+import jax.numpy as jnp
+
+
+def nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+  """Negative log-likelihood of each target (nats), [B, T], in float32.
+
+  Args:
+    logits_BTV: unnormalised log-probabilities (nats); -inf where an id can't occur.
+    targets_BT: ids below V.
+  """
+  logits_BTV = logits_BTV.astype(jnp.float32)
+  target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+  return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT

@@ -1,0 +1,84 @@
+"""What a run writes down: metrics.jsonl, TensorBoard events, utilisation."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import tensorboardX
+
+# Dense bfloat16 peak of one device in FLOP/s, by the start of JAX's `device_kind`; from the makers' data sheets.
+PEAK_FLOPS = (
+  ('NVIDIA H100 PCIe', 756e12),
+  ('NVIDIA H100', 989e12),
+  ('NVIDIA H200', 989e12),
+  ('NVIDIA B200', 2250e12),
+  ('NVIDIA A100', 312e12),
+  ('NVIDIA L40S', 362e12),
+  ('NVIDIA L4', 121e12),
+  ('NVIDIA GeForce RTX 4090', 165e12),
+  ('Tesla V100', 125e12),
+  ('TPU v3', 61.5e12),
+  ('TPU v4', 275e12),
+  ('TPU v5 lite', 197e12),
+  ('TPU v5e', 197e12),
+  ('TPU v5p', 459e12),
+  ('TPU v5', 459e12),
+  ('TPU v6 lite', 918e12),
+  ('TPU v6e', 918e12),
+)
+
+
+def peak_flops() -> float | None:
+  """FLOP/s of all devices together; None where the device's peak isn't known (CPUs)."""
+  kind = jax.devices()[0].device_kind
+  for prefix, peak in PEAK_FLOPS:
+    if kind.startswith(prefix):
+      return peak * jax.device_count()
+  return None
+
+
+class Writer:
+  """Appends records to `metrics.jsonl` and TensorBoard; what lies past the restored step is cut."""
+
+  def __init__(self, workdir: pathlib.Path, restored_step: int):
+    self._path = workdir / 'metrics.jsonl'
+    cut_after(self._path, restored_step)
+    self._file = self._path.open('a', encoding='utf-8')
+    self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=restored_step + 1 if restored_step else None)
+
+  def write(self, step: int, values: dict[str, Any]) -> None:
+    self._file.write(json.dumps({'step': step, **values}) + '\n')
+    self._file.flush()
+    for name, value in values.items():
+      self._events.add_scalar(name, value, step)
+
+  def text(self, step: int, name: str, text: str) -> None:
+    self._events.add_text(name, '```\n' + text + '\n```', step)
+
+  def close(self) -> None:
+    self._file.close()
+    self._events.close()
+
+
+def cut_after(path: pathlib.Path, step: int) -> None:
+  """Drops records past `step`, and a last line that a killed process left unfinished."""
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text(encoding='utf-8').splitlines():
+    try:
+      record = json.loads(line)
+    except json.JSONDecodeError:
+      continue
+    if record['step'] <= step:
+      kept.append(line + '\n')
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(''.join(kept), encoding='utf-8')
+  os.replace(temporary, path)
+
+
+def jsonable(value: float) -> float | None:
+  """JSON has no NaN: a number that isn't finite is written as null."""
+  return value if abs(value) < float('inf') else None

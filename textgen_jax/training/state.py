@@ -1,0 +1,72 @@
+"""All that a run must keep to go on as if it had never stopped."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh
+
+from textgen_jax import sharding
+from textgen_jax.models import base
+
+
+@struct.dataclass
+class TrainState:
+  """Data only: model and optimizer are closed over by the step."""
+
+  step: jax.Array  # batches consumed; always advances
+  updates: jax.Array  # updates applied; `step` less the steps whose loss or gradient wasn't finite
+  root_key: jax.Array  # uint32 key data; step keys are fold_in(root_key, step)
+  params: Any
+  opt_state: Any
+  carry: Any  # the model's cache between contiguous batches; None with random windows
+
+
+def create(
+  model: base.LanguageModel,
+  tx: optax.GradientTransformation,
+  seed: int,
+  carry_rows: int,
+  config: sharding.ShardingConfig,
+  mesh: Mesh,
+) -> tuple[Any, TrainState, TrainState]:
+  """How to make a fresh state: shapes, then shardings, then a jitted init.
+
+  Args:
+    model: the model.
+    tx: the optimizer.
+    seed: of the parameters and of all that training draws.
+    carry_rows: rows of carry to keep (the batch size); 0 for none.
+    config: rules of sharding.
+    mesh: the mesh.
+
+  Returns:
+    A function without arguments that makes the state where it belongs; the state's
+    shapes; its shardings.
+  """
+
+  def boxed_params(key: jax.Array) -> Any:
+    return model.init(key, jnp.zeros((1, 2), jnp.int32), method='init_everything')['params']
+
+  def init() -> TrainState:
+    init_key, root_key = jax.random.split(jax.random.PRNGKey(seed))
+    params = nn.unbox(boxed_params(init_key))
+    carry = model.init_cache(carry_rows, 0) if carry_rows else None
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(step=zero, updates=zero, root_key=root_key, params=params, opt_state=tx.init(params), carry=carry)
+
+  abstract = jax.eval_shape(init)
+  params = sharding.param_shardings(jax.eval_shape(boxed_params, jax.random.PRNGKey(0)), config, mesh)
+  everywhere = sharding.replicated(mesh)
+  shardings = TrainState(
+    step=everywhere,
+    updates=everywhere,
+    root_key=everywhere,
+    params=params,
+    opt_state=sharding.optimizer_shardings(tx, abstract.opt_state, params, mesh),
+    carry=jax.tree.map(lambda _: sharding.batch_sharding(config, mesh), abstract.carry),
+  )
+  return jax.jit(init, out_shardings=shardings), abstract, shardings

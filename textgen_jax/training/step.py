@@ -1,0 +1,114 @@
+"""One training step: gradients summed over micro-batches, one guarded update."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from textgen_jax.data import windows
+from textgen_jax.models import base
+from textgen_jax.training import losses, state
+
+Sums = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight); the division happens on the host
+
+
+class LossInputs(NamedTuple):
+  """What a loss hook may use, for one micro-batch."""
+
+  params: Any
+  batch: windows.Batch
+  hidden_BTD: jax.Array
+  unembed: Callable[[jax.Array], jax.Array]  # hidden_BTD -> logits_BTV; pays for the product again
+  nll_BT: jax.Array  # nats
+  sown: Any  # the 'intermediates' collection that modules have sown
+  key: jax.Array  # this micro-batch's own
+
+
+# Returns a term that is added to the summed loss (so scale it like a sum over tokens, not a mean), and metrics.
+LossHook = Callable[[LossInputs], tuple[jax.Array, Sums]]
+
+
+def no_hook(inputs: LossInputs) -> tuple[jax.Array, Sums]:
+  del inputs
+  return jnp.zeros(()), {}
+
+
+def make_train_step(
+  model: base.LanguageModel,
+  tx: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  accumulation_steps: int,
+  hook: LossHook = no_hook,
+) -> Callable[[state.TrainState, windows.Batch], tuple[state.TrainState, Sums]]:
+  """The step, to be jitted with its state donated."""
+
+  def loss_sum(params: Any, carry: Any, batch: windows.Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Sums]]:
+    dropout_key, hook_key = jax.random.split(key)
+    (hidden_BTD, carry), sown = model.apply(
+      {'params': params},
+      batch.tokens_BT,
+      cache=carry,
+      starts_BT=batch.starts_BT,
+      deterministic=False,
+      rngs={'dropout': dropout_key},
+      mutable=['intermediates'],
+    )
+
+    def unembed(hidden_BTD: jax.Array) -> jax.Array:
+      return model.apply({'params': params}, hidden_BTD, method='unembed')
+
+    nll_BT = losses.nll(unembed(hidden_BTD), batch.targets_BT)
+    loss = (nll_BT * batch.weights_BT).sum()
+    inputs = LossInputs(params, batch, hidden_BTD, unembed, nll_BT, sown.get('intermediates', {}), hook_key)
+    extra, metrics = hook(inputs)
+    return loss + extra, (carry, {'loss': (loss, batch.weights_BT.sum()), **metrics})
+
+  grad_fn = jax.grad(loss_sum, has_aux=True)
+
+  def summed_grads(params: Any, carry: Any, batch: windows.Batch, key: jax.Array) -> tuple[Any, Any, Sums]:
+    if accumulation_steps == 1:
+      grads, (carry, sums) = grad_fn(params, carry, batch, jax.random.fold_in(key, 0))
+      return grads, carry, sums
+
+    def split(x: jax.Array) -> jax.Array:
+      # Row r goes to micro-batch r % steps, so that each is spread over all devices.
+      return x.reshape(x.shape[0] // accumulation_steps, accumulation_steps, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(totals: Any, inputs: Any) -> tuple[Any, Any]:
+      i, micro_batch, micro_carry = inputs
+      grads, (micro_carry, sums) = grad_fn(params, micro_carry, micro_batch, jax.random.fold_in(key, i))
+      return jax.tree.map(jnp.add, totals, (grads, sums)), micro_carry
+
+    inputs = (jnp.arange(accumulation_steps), *jax.tree.map(split, (batch, carry)))
+    shapes = jax.eval_shape(grad_fn, params, *jax.tree.map(lambda x: x[0], inputs[1:][::-1]), key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[1][1]))
+    (grads, sums), carries = jax.lax.scan(add, zeros, inputs)
+    carry = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), carries)
+    return grads, carry, sums
+
+  def train_step(old: state.TrainState, batch: windows.Batch) -> tuple[state.TrainState, Sums]:
+    key = jax.random.fold_in(old.root_key, old.step)
+    grads, carry, sums = summed_grads(old.params, old.carry, batch, key)
+    weight = jnp.maximum(sums['loss'][1], 1.0)
+    grads = jax.tree.map(lambda g: g / weight, grads)
+    norm = optax.global_norm(grads)
+    updates, opt_state = tx.update(grads, old.opt_state, old.params)
+    one = jnp.ones(())
+    # A bad step leaves parameters, moments, the schedule's count and the carry as they were.
+    good = jnp.isfinite(sums['loss'][0]) & jnp.isfinite(norm)
+    params, opt_state, carry = jax.tree.map(
+      lambda new, previous: jnp.where(good, new, previous),
+      (optax.apply_updates(old.params, updates), opt_state, carry),
+      (old.params, old.opt_state, old.carry),
+    )
+    new = old.replace(step=old.step + 1, updates=old.updates + good, params=params, opt_state=opt_state, carry=carry)
+    sums |= {
+      'grad_norm': (norm, one),
+      'learning_rate': (schedule(old.updates), one),
+      'skipped_steps': ((new.step - new.updates).astype(jnp.float32), one),
+    }
+    return new, sums
+
+  return train_step

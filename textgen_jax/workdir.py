@@ -1,0 +1,112 @@
+"""What a workdir holds, and a trained model read back from it."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from textgen_jax import errors, trees
+from textgen_jax import experiment as experiment_lib
+from textgen_jax.models import build
+from textgen_jax.text import base as text_base
+from textgen_jax.text import build as text_build
+from textgen_jax.training import checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """A model ready to be used."""
+
+  model: Any
+  params: Any
+  tokenizer: text_base.Tokenizer
+  experiment: experiment_lib.Experiment
+  step: int
+
+
+def load(workdir: str | os.PathLike, checkpoint: str = 'best') -> Trained:
+  """Reads a trained model.
+
+  Args:
+    workdir: of a training run.
+    checkpoint: 'best' (by val loss; the latest where none was scored), 'latest', or a step's number.
+
+  Raises:
+    UserError: no such workdir, nothing was ever saved in it, or it has no such step.
+    NoGoodCheckpoint: the step can't be read.
+  """
+  path = pathlib.Path(workdir)
+  if not has_checkpoints(path):
+    raise errors.UserError(f'workdir={str(path)!r}: no checkpoint was ever written there')
+  kept = checkpoints.Checkpoints(path, read_only=True)
+  step = _choose(kept, checkpoint, path)
+  about = kept.about(step)
+  experiment = experiment_lib.from_json(about.get('experiment'), f'{path}/checkpoints/{step}')
+  tokenizer = tokenizer_from(about.get('tokenizer'))
+  model = build.build(experiment.model, tokenizer.vocab_size, experiment.training.sequence_length)
+  params = kept.restore_params(step, abstract_params(model))
+  bad = [name for name, leaf in trees.named_leaves(params) if not bool(jnp.isfinite(leaf).all())]
+  if bad:
+    raise errors.NoGoodCheckpoint(f'{path}/checkpoints/{step}: parameter {bad[0]} holds values that are not finite')
+  return Trained(model, params, tokenizer, experiment, step)
+
+
+def _choose(kept: checkpoints.Checkpoints, checkpoint: str, path: pathlib.Path) -> int:
+  steps = kept.steps()
+  if not steps:
+    raise errors.NoGoodCheckpoint(f'{path}/checkpoints holds no finished checkpoint')
+  if checkpoint == 'latest':
+    return steps[-1]
+  if checkpoint == 'best':
+    best = kept.best_step()
+    return steps[-1] if best is None else best
+  if checkpoint.isdecimal() and int(checkpoint) in steps:
+    return int(checkpoint)
+  raise errors.UserError(f'checkpoint={checkpoint!r} is none of best, latest, {", ".join(map(str, steps))}')
+
+
+def has_checkpoints(workdir: pathlib.Path) -> bool:
+  """True where at least one save was finished: its folder bears a plain number."""
+  directory = workdir / 'checkpoints'
+  return directory.is_dir() and any(path.name.isdecimal() and path.is_dir() for path in directory.iterdir())
+
+
+def abstract_params(model: Any) -> Any:
+  """Shapes of a model's parameters, on the first device."""
+  boxed = jax.eval_shape(lambda: model.init(jax.random.PRNGKey(0), jnp.zeros((1, 2), jnp.int32), method='init_everything'))
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nn.unbox(boxed)['params'])
+
+
+def tokenizer_from(files: Any) -> text_base.Tokenizer:
+  """A tokenizer from the files that a checkpoint holds."""
+  with tempfile.TemporaryDirectory() as directory:
+    checkpoints.write_files(pathlib.Path(directory), files or {})
+    return text_build.load(directory)
+
+
+def read_config(workdir: pathlib.Path) -> experiment_lib.Experiment | None:
+  """The workdir's experiment; None where there is none."""
+  path = workdir / 'config.json'
+  try:
+    content = json.loads(path.read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError) as error:
+    raise errors.UserError(f'{path}: not readable as JSON: {error}') from error
+  return experiment_lib.from_json(content, str(path))
+
+
+def write_config(workdir: pathlib.Path, experiment: experiment_lib.Experiment, tokenizer: text_base.Tokenizer) -> None:
+  """Writes `config.json` and `tokenizer/`."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  tokenizer.save(workdir / 'tokenizer')
+  temporary = workdir / 'config.json.tmp'
+  temporary.write_text(json.dumps(experiment_lib.to_json(experiment), indent=2, allow_nan=False) + '\n', encoding='utf-8')
+  os.replace(temporary, workdir / 'config.json')
