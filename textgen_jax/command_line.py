@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from textgen_jax import errors
@@ -19,6 +19,7 @@ from textgen_jax.models import build
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
   """Calls `main(argv)` and gives the exit code; a RunError becomes one line on stderr."""
+  logging.set_verbosity(logging.ERROR)  # orbax tells at length what it does
   try:
     main(argv)
   except errors.RunError as error:
@@ -108,8 +109,8 @@ def _check_override(config: Any, override: str) -> None:
       raise errors.UserError(experiment_lib.unknown_field(prefix + name, prefix, name, names))
     prefix, config = f'{prefix}{name}.', getattr(config, name)
   if dataclasses.is_dataclass(config):
-    names = ', '.join(prefix + field.name for field in dataclasses.fields(config))
-    raise errors.UserError(f'{path} is a group of fields: set one of {names}')
+    members = ', '.join(prefix + field.name for field in dataclasses.fields(config))
+    raise errors.UserError(f'{path} is a group of fields: set one of {members}')
 
 
 def config_help(config: experiment_lib.Experiment) -> str:

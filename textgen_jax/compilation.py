@@ -9,7 +9,7 @@ from textgen_jax.data import downloads
 
 def keep_compiled() -> None:
   """Turns JAX's persistent cache on, unless the user has set one."""
-  if jax.config.jax_compilation_cache_dir or 'JAX_COMPILATION_CACHE_DIR' in os.environ:
+  if jax.config.values.get('jax_compilation_cache_dir') or 'JAX_COMPILATION_CACHE_DIR' in os.environ:
     return
   jax.config.update('jax_compilation_cache_dir', str(downloads.cache_directory() / 'xla'))
   # Small models' programs take under JAX's threshold of a second each, and there are a dozen of them.

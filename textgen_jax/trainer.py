@@ -7,6 +7,7 @@
 import collections
 import contextlib
 import copy
+import dataclasses
 import os
 import pathlib
 import signal
@@ -97,8 +98,9 @@ class _Run:
       out_shardings=(self.shardings, None),
     )
     self.byte_lengths = self.tokenizer.byte_lengths()
-    self.best = float('inf')
+    self.best = float('inf')  # lowest val loss so far
     self.final_score: evaluate.Score | None = None
+    self.skipped: int | None = None  # steps without an update, as last logged
 
   def train(self, stopped: list[int]) -> evaluate.Score:
     """The loop. Step n is dispatched before step n - 1's numbers are read."""
@@ -135,7 +137,7 @@ class _Run:
     progress.say(progress.parameter_table(self.abstract.params))
     if latest is None:
       train_state = self.init()
-      return (train_state if warm_params is None else train_state.replace(params=warm_params)), 0
+      return (train_state if warm_params is None else dataclasses.replace(train_state, params=warm_params)), 0
     train_state = self.kept.restore(latest, checkpoints.with_shardings(self.abstract, self.shardings))
     self.best = min((loss for kept in self.kept.steps() if (loss := self.kept.val_loss(kept)) is not None), default=self.best)
     progress.say(f'going on from step {latest} of {self.directory}')
@@ -169,7 +171,7 @@ class _Run:
       self.writer = stack.enter_context(contextlib.closing(metrics.Writer(self.directory, first)))
       self.bar = stack.enter_context(contextlib.closing(progress.Progress(first, c.num_steps)))
       batches = stack.enter_context(contextlib.closing(prefetch.prefetch(self.batch, first, c.num_steps)))
-      self.logged_at, self.logged_step, self.logged_updates = time.monotonic(), first, None
+      self.logged_at, self.logged_step = time.monotonic(), first
       due: tuple[int, step.Sums] | None = None
       for done, batch in enumerate(batches, start=first + 1):
         if done == profiled.start:
@@ -235,15 +237,15 @@ class _Run:
     flops = base.flops_per_token(self.model, self.abstract.params, self.config.sequence_length)
     mfu = None if peak is None else tokens_per_s * flops / peak
     skipped = int(values.pop('skipped_steps'))
-    if steps > 1 and self.logged_updates is not None and skipped - self.logged_updates >= steps:
+    if steps > 1 and self.skipped is not None and skipped - self.skipped >= steps:
       raise errors.Diverged(f'steps {self.logged_step + 1} to {done}: no loss and gradient was finite, so no update was applied')
-    if skipped > (self.logged_updates or 0):
+    if skipped > (self.skipped or 0):
       progress.say(f'step {done}: {skipped} steps so far were skipped, their loss or gradient was not finite')
     record = {f'train/{name}': metrics.jsonable(value) for name, value in values.items()}
     record |= {'train/tokens_per_s': tokens_per_s, 'train/skipped_steps': skipped} | ({} if mfu is None else {'train/mfu': mfu})
     self.writer.write(done, record)
     self.bar.log(done, values['loss'], tokens_per_s, mfu)
-    self.logged_at, self.logged_step, self.logged_updates = now, done, skipped
+    self.logged_at, self.logged_step, self.skipped = now, done, skipped
 
   def score_val(self, params: Any, max_tokens: int) -> evaluate.Score:
     """The val split's score: whole, or over a prefix."""
@@ -282,7 +284,9 @@ class _Run:
       self.writer.text(done, f'sample/temperature_{one.temperature}', text)
 
 
-def reconcile(given: experiment_lib.Experiment, stored: experiment_lib.Experiment | None, directory: pathlib.Path) -> experiment_lib.Experiment:
+def reconcile(
+  given: experiment_lib.Experiment, stored: experiment_lib.Experiment | None, directory: pathlib.Path
+) -> experiment_lib.Experiment:
   """What to run: `given`, resolved, where it changes nothing of `stored` but what may change on resume."""
   if stored is None:
     return experiment_lib.resolve(given)

@@ -26,6 +26,9 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from textgen_jax import trees
 
 Cache = Any
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
@@ -61,7 +64,7 @@ def unconstrained(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
   return x
 
 
-def reorder_cache(cache: Cache, rows_B: jax.Array) -> Cache:
+def reorder_cache(cache: Cache, rows_B: ArrayLike) -> Cache:
   """The cache whose row b is the given cache's row `rows_B[b]`; rows may repeat or be left out."""
   return jax.tree.map(lambda leaf: jnp.take(leaf, rows_B, axis=0), cache)
 
@@ -78,8 +81,6 @@ def flops_per_token(model: LanguageModel, params: Any, length: int) -> int:
 
 
 def _matrices(params: Any) -> list[tuple[str, Any]]:
-  from textgen_jax import trees
-
   leaves = trees.named_leaves(params)
   untied = any('unembed' in name for name, _ in leaves)
   # A lookup costs nothing; a table that is tied is multiplied once, as the output layer.

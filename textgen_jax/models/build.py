@@ -68,7 +68,9 @@ def check(config: ModelConfig) -> None:
     raise errors.UserError(f"model.num_heads={config.num_heads} isn't divisible by model.num_kv_heads={config.num_kv_heads}")
   if config.position == 'rotary' and config.dim // config.num_heads % 2:
     width = config.dim // config.num_heads
-    raise errors.UserError(f"model.dim={config.dim} over model.num_heads={config.num_heads} is {width} a head: rotary positions need it even")
+    raise errors.UserError(
+      f'model.dim={config.dim} over model.num_heads={config.num_heads} is {width} a head: rotary positions need an even number'
+    )
   if not (math.isfinite(config.rope_theta) and config.rope_theta > 1):
     raise errors.UserError(f'model.rope_theta={config.rope_theta} is not a finite number above 1')
 

@@ -1,7 +1,8 @@
 """Layers that both model families use: 2-D products, embeddings, vocabulary padding."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,11 @@ from flax import linen as nn
 from textgen_jax import axes
 
 Initializer = Callable[..., jax.Array]
+
+
+def partitioned(init: Initializer, *names: str | None) -> Any:
+  """An initializer whose parameter bears the names of its axes (`axes.py`)."""
+  return nn.with_logical_partitioning(init, names)
 
 
 class Dense(nn.Module):
@@ -28,10 +34,10 @@ class Dense(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    kernel = self.param('kernel', nn.with_logical_partitioning(self.kernel_init, self.names), (x.shape[-1], self.features))
+    kernel = self.param('kernel', partitioned(self.kernel_init, *self.names), (x.shape[-1], self.features))
     y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
     if self.use_bias:
-      bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, self.names[1:]), (self.features,))
+      bias = self.param('bias', partitioned(nn.initializers.zeros, self.names[1]), (self.features,))
       y = y + bias.astype(self.dtype)
     return y.reshape(*x.shape[:-1], self.features)
 
@@ -46,7 +52,7 @@ class Embed(nn.Module):
   dtype: str = 'float32'
 
   def setup(self) -> None:
-    init = nn.with_logical_partitioning(self.embedding_init, (self.axis, axes.EMBED))
+    init = partitioned(self.embedding_init, self.axis, axes.EMBED)
     self.embedding = self.param('embedding', init, (self.size, self.dim))
 
   def __call__(self, ids: jax.Array) -> jax.Array:
@@ -57,21 +63,21 @@ class Embed(nn.Module):
     return y.reshape(*x.shape[:-1], self.size)
 
 
-def layer_norm(name: str, *, use_bias: bool, dtype: str) -> nn.LayerNorm:
+def layer_norm(name: str | None, *, use_bias: bool, dtype: str) -> nn.LayerNorm:
   """Source: Ba et al. 2016, arXiv:1607.06450; epsilon as in GPT-2."""
   return nn.LayerNorm(
     epsilon=1e-5,
     use_bias=use_bias,
     dtype=dtype,
-    scale_init=nn.with_logical_partitioning(nn.initializers.ones, (axes.EMBED,)),
-    bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (axes.EMBED,)),
+    scale_init=partitioned(nn.initializers.ones, axes.EMBED),
+    bias_init=partitioned(nn.initializers.zeros, axes.EMBED),
     name=name,
   )
 
 
 def rms_norm(name: str | None, *, axis: str | None, dtype: str) -> nn.RMSNorm:
   """Source: Zhang & Sennrich 2019, arXiv:1910.07467; epsilon as in Llama."""
-  scale_init = nn.with_logical_partitioning(nn.initializers.ones, (axis,))
+  scale_init = partitioned(nn.initializers.ones, axis)
   return nn.RMSNorm(epsilon=1e-5, dtype=dtype, scale_init=scale_init, name=name)
 
 
@@ -94,6 +100,6 @@ def resolve_dtype(name: str) -> str:
   return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
 
 
-def residual_names() -> Sequence[str | None]:
+def residual_names() -> tuple[str | None, ...]:
   """Logical axes of the residual stream, [B, T, D]."""
   return (axes.BATCH, axes.TIME, None)

@@ -53,7 +53,7 @@ class LSTMLayer(nn.Module):
     names = (axes.EMBED, axes.GATES)
     # The input's products for all times at once; only the recurrence is left to the loop.
     gates = layers.Dense(4 * c.dim, names, nn.initializers.glorot_uniform(), True, self.dtype, name='input')(x_TBD)
-    kernel = self.param('recurrent_kernel', nn.with_logical_partitioning(nn.initializers.orthogonal(), names), (c.dim, 4 * c.dim))
+    kernel = self.param('recurrent_kernel', layers.partitioned(nn.initializers.orthogonal(), *names), (c.dim, 4 * c.dim))
     kernel = kernel.astype(self.dtype)
     keep_BD = None
     if c.recurrent_dropout and not deterministic:

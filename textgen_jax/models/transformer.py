@@ -148,7 +148,7 @@ class Transformer(nn.Module):
       x_BTD, layer = block(x_BTD, frame, None if cache is None else cache.layers[i], deterministic)
       written.append(layer)
     hidden_BTD = self.final_norm(x_BTD)
-    return hidden_BTD, None if cache is None else cache.replace(layers=tuple(written))
+    return hidden_BTD, None if cache is None else dataclasses.replace(cache, layers=tuple(written))
 
   def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
     logits_BTV = self.embed.attend(hidden_BTD) if self.config.tied_embedding else self.unembedding(hidden_BTD)
@@ -180,7 +180,7 @@ class Transformer(nn.Module):
     more = length - cache.index_BS.shape[1]
     pad = functools.partial(jnp.pad, pad_width=((0, 0), (0, more), (0, 0), (0, 0)))
     index_BS = jnp.pad(cache.index_BS, ((0, 0), (0, more)), constant_values=-1)
-    return cache.replace(layers=jax.tree.map(pad, cache.layers), index_BS=index_BS)
+    return dataclasses.replace(cache, layers=jax.tree.map(pad, cache.layers), index_BS=index_BS)
 
   def mixing_flops_per_token(self, length: int) -> int:
     """Scores and weighted sums of one token over `length` keys, forward."""
@@ -213,7 +213,8 @@ def locate(
   if cache is not None:
     cursor = cache.cursor_B[0]
     index_BS = attention.write_slots(cache.index_BS, entry_BT, cursor)
-    cache = cache.replace(
+    cache = dataclasses.replace(
+      cache,
       index_BS=index_BS,
       count_B=index_BT[:, -1] + 1,
       document_B=document_BT[:, -1],

@@ -23,8 +23,8 @@ class Knobs(NamedTuple):
   key_B: jax.Array  # uint32 key data, [B, 2]; the row's own, whatever its place
 
   @classmethod
-  def of(cls, rows: Sequence[params_lib.SamplingParams], keys: np.ndarray) -> 'Knobs':
-    def gather(name: str, dtype: Any) -> np.ndarray:
+  def of(cls, rows: Sequence[params_lib.SamplingParams], keys: Any) -> 'Knobs':
+    def gather(name: str, dtype: Any) -> Any:
       return np.array([getattr(row, name) for row in rows], dtype)
 
     return cls(

@@ -150,6 +150,7 @@ class Sampler:
     seeds = np.array([one.seed for one in settings], np.uint32)
     keys = decode.row_keys(seeds, np.array(hashes, np.uint32), np.array(sample_indices, np.uint32)) if len(prompts) else None
     self._keys = np.asarray(keys)
+    self._cache: Any = None
     self._batch: list[int] = []  # which row each line of the cache belongs to
 
   def finish(self, row: int) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints: params apart from the rest, with what is needed to read them."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -89,7 +90,7 @@ class Checkpoints:
     items = self._restore(
       step, params=ocp.args.StandardRestore(abstract.params), state=ocp.args.StandardRestore(rest(abstract))
     )
-    return abstract.replace(params=items['params'], **items['state'])
+    return dataclasses.replace(abstract, params=items['params'], **items['state'])
 
   def restore_params(self, step: int, abstract_params: Any) -> Any:
     return self._restore(step, params=ocp.args.StandardRestore(abstract_params))['params']

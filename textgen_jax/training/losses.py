@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
-def nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+def nll(logits_BTV: jax.Array, targets_BT: ArrayLike) -> jax.Array:
   """Negative log-likelihood of each target (nats), [B, T], in float32.
 
   Args:
@@ -12,5 +13,5 @@ def nll(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     targets_BT: ids below V.
   """
   logits_BTV = logits_BTV.astype(jnp.float32)
-  target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+  target_BT = jnp.take_along_axis(logits_BTV, jnp.asarray(targets_BT)[..., None], axis=-1)[..., 0]
   return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT

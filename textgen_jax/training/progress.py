@@ -1,5 +1,6 @@
 """What a person sees of a run: the parameter table, the bar, lines where there is no terminal."""
 
+import math
 import re
 import sys
 import time
@@ -19,11 +20,8 @@ def parameter_table(params: Any) -> str:
   lines = []
   width = max(len(name) for name, _ in rows)
   for (name, shape), times in rows.items():
-    size = 1
-    for axis in shape:
-      size *= axis
-    repeat = f'{times} x ' if times > 1 else ''
-    lines.append(f'  {name:<{width}}  {repeat + " x ".join(map(str, shape)) if not repeat else repeat + str(shape):>22}  {times * size:>13,}')
+    sizes = f'{times} x {shape}' if times > 1 else ' x '.join(map(str, shape))
+    lines.append(f'  {name:<{width}}  {sizes:>22}  {times * math.prod(shape):>13,}')
   lines.append(f'  {"all parameters":<{width}}  {"":>22}  {trees.count(params):>13,}')
   return '\n'.join(lines)
 

@@ -60,7 +60,7 @@ def create(
 
   abstract = jax.eval_shape(init)
   params = sharding.param_shardings(jax.eval_shape(boxed_params, jax.random.PRNGKey(0)), config, mesh)
-  everywhere = sharding.replicated(mesh)
+  everywhere: Any = sharding.replicated(mesh)
   shardings = TrainState(
     step=everywhere,
     updates=everywhere,

@@ -1,5 +1,6 @@
 """One training step: gradients summed over micro-batches, one guarded update."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -103,7 +104,7 @@ def make_train_step(
       (optax.apply_updates(old.params, updates), opt_state, carry),
       (old.params, old.opt_state, old.carry),
     )
-    new = old.replace(step=old.step + 1, updates=old.updates + good, params=params, opt_state=opt_state, carry=carry)
+    new = dataclasses.replace(old, step=old.step + 1, updates=old.updates + good, params=params, opt_state=opt_state, carry=carry)
     sums |= {
       'grad_norm': (norm, one),
       'learning_rate': (schedule(old.updates), one),

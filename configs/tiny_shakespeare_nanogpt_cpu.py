@@ -1,0 +1,38 @@
+"""nanoGPT's character model for CPUs, with its published settings: 0.80 M parameters, 4 layers, 128 wide.
+
+  python train.py --config=configs/tiny_shakespeare_nanogpt_cpu.py --workdir=runs/nanogpt_cpu
+
+Without the web, give the text yourself: --config.data.path=tinyshakespeare.txt is split alike.
+"""
+
+from textgen_jax import experiment
+from textgen_jax.data import corpora
+from textgen_jax.models import transformer
+from textgen_jax.text import base
+from textgen_jax.training import optimizer
+
+
+def get_config() -> experiment.Experiment:
+  return experiment.Experiment(
+    data=corpora.DataConfig(corpus='tiny_shakespeare'),
+    tokenizer=base.TokenizerConfig(kind='char'),
+    model=transformer.TransformerConfig(
+      dim=128,
+      num_layers=4,
+      num_heads=4,
+      position='learned',
+      norm='layer',
+      activation='gelu',
+      qk_norm=False,
+      tied_embedding=True,
+      init='gpt2',
+    ),
+    optimizer=optimizer.OptimizerConfig(peak_lr=1e-3, final_lr=1e-4, warmup_steps=100, b2=0.99, weight_decay=0.1, clip_norm=1.0),
+    training=experiment.TrainingConfig(
+      num_steps=2000,
+      batch_size=12,
+      sequence_length=64,
+      eval_every_steps=500,
+      checkpoint_every_steps=500,
+    ),
+  )

@@ -1,0 +1,153 @@
+"""Writes text with a trained model.
+
+  python sample.py --workdir=runs/shakespeare --prompt='ROMEO:' --temperature=0.8 --num_samples=3
+
+Results go to stdout (or --output), diagnostics to stderr. Equal flags give equal text.
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Iterable, Sequence
+
+from absl import flags
+
+from textgen_jax import command_line, compilation, errors
+from textgen_jax.sampling import params
+
+
+def main(argv: Sequence[str]) -> int:
+  return command_line.run(_main, argv)
+
+
+def _define_flags() -> flags.FlagValues:
+  values = flags.FlagValues()
+  defaults = params.SamplingParams()
+  text = {
+    'workdir': (None, 'where the model was trained'),
+    'checkpoint': ('best', 'best (by val loss), latest, or a step'),
+    'prompts_file': (None, 'prompts from a file: .txt, a line each, or .jsonl, {"prompt": ...} each'),
+    'format': ('text', 'text (prompt and continuation, results set apart by ---) or jsonl'),
+    'output': (None, 'a file to write to instead of stdout'),
+  }
+  for name, (default, help_text) in text.items():
+    flags.DEFINE_string(name, default, help_text, flag_values=values)
+  integers = {
+    'num_samples': (defaults.num_samples, 'of each prompt'),
+    'max_new_tokens': (defaults.max_new_tokens, 'as many as wanted, past the trained context too'),
+    'top_k': (defaults.top_k, 'draw among the k likeliest tokens; 0: all'),
+    'seed': (defaults.seed, 'another seed, another text'),
+  }
+  for name, (number, help_text) in integers.items():
+    flags.DEFINE_integer(name, number, help_text, flag_values=values)
+  floats = {
+    'temperature': (defaults.temperature, 'logits are divided by it: low is safe, high is wild, 0 is the likeliest token always'),
+    'top_p': (defaults.top_p, 'draw among the fewest tokens that hold this much probability; 1: all'),
+    'min_p': (defaults.min_p, "drop tokens below this fraction of the likeliest one's probability; 0: none"),
+  }
+  for name, (value, help_text) in floats.items():
+    flags.DEFINE_float(name, value, help_text, flag_values=values)
+  flags.DEFINE_multi_string('prompt', [], 'what the text begins with; may be repeated; none: a document start', flag_values=values)
+  flags.DEFINE_multi_string('stop', [], 'end before this text; may be repeated', flag_values=values)
+  flags.DEFINE_bool('stream', False, 'show one text as it is made', flag_values=values)
+  return values
+
+
+def _main(argv: Sequence[str]) -> None:
+  values = _define_flags()
+  if command_line.wants_help(argv):
+    print(f'{__doc__}\n{values.main_module_help() or values.get_help()}')
+    return
+  command_line.parse_flags(values, argv)
+  if not values.workdir:
+    raise errors.UserError('--workdir is missing: name the directory that train.py wrote to')
+  if values.format not in ('text', 'jsonl'):
+    raise errors.UserError(f'format={values.format!r} is none of text, jsonl')
+  settings = params.SamplingParams(
+    **{name: getattr(values, name) for name in ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'seed', 'num_samples')},
+    stop=tuple(values.stop),
+  )
+  if values.prompt and values.prompts_file:
+    raise errors.UserError('--prompt and --prompts_file: give one of them')
+  prompts = read_prompts(pathlib.Path(values.prompts_file)) if values.prompts_file else values.prompt or ['']
+  if values.stream and (len(prompts) > 1 or settings.num_samples > 1 or values.format != 'text' or values.output):
+    raise errors.UserError('--stream shows one sample of one prompt as text: drop the other prompts, num_samples, format or output')
+  if values.output and not pathlib.Path(values.output).absolute().parent.is_dir():
+    raise errors.UserError(f'output={values.output!r}: its directory does not exist')
+  from textgen_jax import workdir  # after the checks: it takes seconds to import
+  from textgen_jax.sampling import generate
+
+  compilation.keep_compiled()
+  trained = workdir.load(values.workdir, values.checkpoint)
+  for prompt in prompts:
+    trained.tokenizer.encode(prompt)
+  reaches = max(len(trained.tokenizer.encode(prompt)) for prompt in prompts) + settings.max_new_tokens
+  if reaches > trained.model.context_length:
+    _tell_past_context(trained, reaches)
+  if values.stream:
+    write_stream([prompts[0]])
+    write_stream(generate.stream(trained.model, trained.params, trained.tokenizer, prompts[0], settings))
+    write_stream(['\n'])
+    return
+  completions = generate.generate(trained.model, trained.params, trained.tokenizer, prompts, settings)
+  if values.format == 'jsonl':
+    text = ''.join(json.dumps(vars(c), ensure_ascii=False) + '\n' for c in completions)
+  else:
+    text = '---\n'.join(f'{c.prompt}{c.text}\n' for c in completions)
+  if values.output:
+    try:
+      pathlib.Path(values.output).write_text(text, encoding='utf-8', errors='replace')
+    except OSError as error:
+      raise errors.MachineFailed(f'output={values.output!r} could not be written: {error.strerror}') from error
+  else:
+    write_stream([text])
+
+
+def _tell_past_context(trained, reaches: int) -> None:  # type: ignore[no-untyped-def]
+  context = trained.model.context_length
+  if trained.model.window is None:
+    how = 'its state carries on'
+  elif trained.model.slides:
+    how = 'the last part of the text is read anew whenever the context is full'
+  else:
+    how = f'attention sees the last {context}'
+  print(f'the text may reach {reaches} tokens, and the model was trained on {context} at a time: {how}', file=sys.stderr)
+
+
+def write_stream(pieces: Iterable[str]) -> None:
+  for piece in pieces:
+    sys.stdout.write(piece.encode('utf-8', 'replace').decode('utf-8'))
+    sys.stdout.flush()
+
+
+def read_prompts(path: pathlib.Path) -> list[str]:
+  """Prompts of a .txt or .jsonl file, in order.
+
+  Raises:
+    UserError: names the file, the line and what it lacks.
+  """
+  try:
+    lines = path.read_text(encoding='utf-8').splitlines()
+  except OSError as error:
+    raise errors.UserError(f'prompts_file={str(path)!r}: {error.strerror}') from error
+  except UnicodeDecodeError as error:
+    raise errors.UserError(f"prompts_file={str(path)!r} isn't UTF-8 at byte {error.start}") from error
+  if path.suffix != '.jsonl':
+    prompts = lines
+  else:
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+      try:
+        prompt = json.loads(line)['prompt']
+      except (ValueError, KeyError, TypeError) as error:
+        raise errors.UserError(f'prompts_file={str(path)!r}, line {number}: not {{"prompt": ...}}') from error
+      if not isinstance(prompt, str):
+        raise errors.UserError(f'prompts_file={str(path)!r}, line {number}: prompt={prompt!r} is not a string')
+      prompts.append(prompt)
+  if not prompts:
+    raise errors.UserError(f'prompts_file={str(path)!r} holds no prompt')
+  return prompts
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))
