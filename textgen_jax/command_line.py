@@ -84,14 +84,18 @@ def load_config(path: str) -> experiment_lib.Experiment:
 
 def _apply(path: str, overrides: Sequence[str]) -> experiment_lib.Experiment:
   values = flags.FlagValues()
+  sys.modules.pop('config_config', None)  # the loader would add this file's names to those of the last one
   argv = ['train.py', f'--config={path}', *overrides]
   config_flags.DEFINE_config_file('config', None, 'a config file', flag_values=values, sys_argv=argv)
-  parse_flags(values, argv)
   try:
+    parse_flags(values, argv)
     experiment = copy.deepcopy(values.config)
     is_experiment = isinstance(experiment, experiment_lib.Experiment)
-  except (OSError, AttributeError) as error:
-    raise errors.UserError(f'--config={path!r} has no get_config() that could be called: {str(error).splitlines()[0]}') from error
+  except errors.RunError:
+    raise
+  except Exception as error:  # the file is the user's own code, and may raise anything
+    cause = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+    raise errors.UserError(f'--config={path!r} gives no experiment: {cause[0].strip()}') from error
   if not is_experiment:
     raise errors.UserError(f'--config={path!r}: get_config() gives a {type(experiment).__name__}, not an Experiment')
   return experiment

@@ -69,8 +69,7 @@ def check(experiment: Experiment) -> None:
   corpora.check(experiment.data)
   text_build.check(experiment.tokenizer)
   build.check(experiment.model)
-  resolved = resolve(experiment)
-  optimizer_lib.check(resolved.optimizer)
+  optimizer_lib.check(experiment.optimizer)
   sharding_lib.check(experiment.sharding)
   _check_training(experiment.training)
   if experiment.training.windows == 'contiguous' and isinstance(experiment.model, transformer.TransformerConfig):

@@ -25,9 +25,6 @@ from textgen_jax.sampling import generate
 from textgen_jax.sampling.params import SamplingParams
 from textgen_jax.training import checkpoints, evaluate, metrics, optimizer, progress, state, step
 
-# Tokens that a row of an evaluation with carried state holds, about: enough to forget that it began with nothing.
-CARRIED_ROW_TOKENS = 8192
-
 
 def train(experiment: experiment_lib.Experiment, directory: str | os.PathLike, hook: step.LossHook = step.no_hook) -> evaluate.Score:
   """Trains to `training.num_steps`, going on where `directory` stands.
@@ -59,7 +56,8 @@ class _Run:
     experiment_lib.check(experiment)
     self.directory = directory
     stored = workdir.read_config(directory) if workdir.has_checkpoints(directory) else None
-    self.experiment = e = reconcile(experiment, stored, directory)
+    self.experiment, self.changes = reconcile(experiment, stored, directory)
+    e = self.experiment
     self.config = c = e.training
     if directory.exists() and not directory.is_dir():
       raise errors.UserError(f'workdir={str(directory)!r} is a file')
@@ -125,9 +123,11 @@ class _Run:
     latest = self.kept.latest_step()
     if latest is not None:
       found = self.kept.about(latest).get('fingerprint', {})
-      changed = [f'{k}: {found.get(k)!r} -> {v!r}' for k, v in self.fingerprint.items() if found.get(k) != v]
+      changed = [f'{k}: {str(found.get(k))[:12]} -> {str(v)[:12]}' for k, v in self.fingerprint.items() if found.get(k) != v]
       if changed:
         raise errors.UserError(f'workdir={str(self.directory)!r} was trained on other batches: {"; ".join(changed)}')
+    for line in self.changes:
+      progress.say(f'changed on resume: {line}')
     workdir.write_config(self.directory, self.experiment, self.tokenizer)
     self.about = {
       'experiment': experiment_lib.to_json(self.experiment),
@@ -251,7 +251,6 @@ class _Run:
     """The val split's score: whole, or over a prefix."""
     c = self.config
     tokens = self.prepared.splits['val']
-    carried = c.windows == 'contiguous'
     return evaluate.evaluate(
       self.free_model,
       params,
@@ -260,7 +259,7 @@ class _Run:
       length=c.sequence_length,
       batch_size=self.eval_batch_size,
       put=lambda batch: jax.device_put(batch, self.batch_sharding),
-      row_chunks=-(-CARRIED_ROW_TOKENS // c.sequence_length) if carried else 1,
+      row_chunks=evaluate.row_chunks(c.windows == 'contiguous', c.sequence_length),
     )
 
   def report(self, done: int, score: evaluate.Score, what: str) -> None:
@@ -286,19 +285,17 @@ class _Run:
 
 def reconcile(
   given: experiment_lib.Experiment, stored: experiment_lib.Experiment | None, directory: pathlib.Path
-) -> experiment_lib.Experiment:
-  """What to run: `given`, resolved, where it changes nothing of `stored` but what may change on resume."""
+) -> tuple[experiment_lib.Experiment, list[str]]:
+  """What to run: `given`, resolved; and its changes of `stored`, all of which may be made on resume."""
   if stored is None:
-    return experiment_lib.resolve(given)
+    return experiment_lib.resolve(given), []
   given = copy.deepcopy(given)
   given.optimizer.schedule_steps = given.optimizer.schedule_steps or stored.optimizer.schedule_steps
   lines = experiment_lib.differences(stored, given)
   refused = [line for line in lines if line.split(':')[0] not in experiment_lib.MAY_CHANGE]
   if refused:
     raise errors.UserError(f'workdir={str(directory)!r} was trained with other settings: {"; ".join(refused)}')
-  for line in lines:
-    progress.say(f'changed on resume: {line}')
-  return given
+  return given, lines
 
 
 @contextlib.contextmanager

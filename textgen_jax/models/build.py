@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import importlib
 import math
+from collections.abc import Collection
 from typing import Any
 
 from textgen_jax import errors
@@ -20,11 +21,11 @@ ATTENTIONS = {
   'softmax': 'textgen_jax.models.attention.Attention',
 }
 
-CHOICES = {
+CHOICES: dict[str, Collection[str]] = {
   'position': ('rotary', 'learned'),
   'norm': ('rms', 'layer'),
   'activation': ('relu2', 'swiglu', 'gelu'),
-  'attention': tuple(ATTENTIONS),
+  'attention': ATTENTIONS,
   'init': ('zero_residual', 'gpt2'),
   'compute_dtype': ('auto', 'float32', 'bfloat16'),
 }

@@ -7,6 +7,7 @@ cache and, for models that can't look past their trained context, reads the last
 of it anew. A row's text depends on its prompt, settings and sample index alone.
 """
 
+import bisect
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ class Completion:
 
   prompt: str
   text: str  # generated, without the prompt and without the stop text
-  tokens: list[int]  # generated ids
+  tokens: list[int]  # generated ids, to the one that completes the stop text
   sample_index: int
   seed: int
   finish_reason: str  # length | stop
@@ -63,28 +64,21 @@ def generate(
   Raises:
     UserError: a prompt has a character that the tokenizer doesn't know.
   """
-  each = [settings] * len(prompts) if isinstance(settings, SamplingParams) else list(settings)
-  owners = [(p, s) for p, one in enumerate(each) for s in range(one.num_samples)]
-  ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-  texts = [''] * len(owners)
-  stopped = [False] * len(owners)
-  tokens: list[list[int]] = [[] for _ in owners]
-  decoders = [tokenizer.incremental_decoder() for _ in owners]
-  sampler = Sampler(model, params, [ids[p] for p, _ in owners], [each[p] for p, _ in owners], [s for _, s in owners])
+  each = [settings] * len(prompts) if isinstance(settings, SamplingParams) else settings
+  owners = [(p, one, s) for p, one in zip(prompts, each, strict=True) for s in range(one.num_samples)]
+  ids = {prompt: prompt_ids(tokenizer, prompt) for prompt in prompts}
+  texts = [_Text(tokenizer, one.stop) for _, one, _ in owners]
+  sampler = Sampler(model, params, [ids[p] for p, _, _ in owners], [one for _, one, _ in owners], [s for _, _, s in owners])
   for drawn in sampler:
     for row, new in drawn.items():
-      tokens[row] += new
-      texts[row] += decoders[row].feed(new)
-      cut = find_stop(texts[row], each[owners[row][0]].stop)
-      if cut is not None:
-        texts[row], stopped[row] = texts[row][:cut], True
+      texts[row].feed(new)
+      if texts[row].stopped:
         sampler.finish(row)
-  for row, decoder in enumerate(decoders):
-    if not stopped[row]:
-      texts[row] += decoder.flush()
+  for text in texts:
+    text.flush()
   return [
-    Completion(prompts[p], texts[row], tokens[row], s, each[p].seed, 'stop' if stopped[row] else 'length')
-    for row, (p, s) in enumerate(owners)
+    Completion(p, text.text, text.ids, s, one.seed, 'stop' if text.stopped else 'length')
+    for text, (p, one, s) in zip(texts, owners, strict=True)
   ]
 
 
@@ -92,24 +86,54 @@ def stream(
   model: base.LanguageModel, params: Any, tokenizer: text_base.Tokenizer, prompt: str, settings: SamplingParams
 ) -> Iterator[str]:
   """One completion in pieces, as they are made; together they are what `generate` gives."""
-  decoder = tokenizer.incremental_decoder()
+  text = _Text(tokenizer, settings.stop)
   sampler = Sampler(model, params, [prompt_ids(tokenizer, prompt)], [settings], [0])
-  longest = max(map(len, settings.stop), default=1)
-  held = ''
+  shown = 0
   for drawn in sampler:
-    held += decoder.feed(drawn[0])
-    cut = find_stop(held, settings.stop)
-    if cut is not None:
-      yield held[:cut]
+    text.feed(drawn[0])
+    if text.stopped:
+      break
+    ready = max(shown, len(text.text) - text.longest_stop + 1)  # a stop text may have begun at the end
+    yield text.text[shown:ready]
+    shown = ready
+  text.flush()
+  yield text.text[shown:]
+
+
+class _Text:
+  """One row's ids, and their text up to the stop text that is completed first, wherever segments end."""
+
+  def __init__(self, tokenizer: text_base.Tokenizer, stop: Sequence[str]):
+    self._tokenizer, self._stop = tokenizer, stop
+    self._decoder = tokenizer.incremental_decoder()
+    self.longest_stop = max(map(len, stop), default=1)
+    self.ids: list[int] = []
+    self.text = ''
+    self.stopped = False
+
+  def feed(self, ids: Sequence[int]) -> None:
+    self.ids += ids
+    self._add(self._decoder.feed(ids))
+
+  def flush(self) -> None:
+    """Adds what the end of the stream leaves; nothing where a stop text ended it before."""
+    if not self.stopped:
+      self._add(self._decoder.flush())
+
+  def _add(self, new: str) -> None:
+    searched = max(0, len(self.text) - self.longest_stop + 1)
+    self.text += new
+    if find_stop(self.text[searched:], self._stop) is None:
       return
-    # A stop text may have begun at the end.
-    ready = len(held) - longest + 1
-    if ready > 0:
-      yield held[:ready]
-      held = held[ready:]
-  held += decoder.flush()
-  cut = find_stop(held, settings.stop)
-  yield held if cut is None else held[:cut]
+    self.stopped = True
+    # A whole segment came at once: which of its ids completed a stop text?
+    size = bisect.bisect_left(range(len(self.ids)), True, key=lambda n: find_stop(self._text_of(n), self._stop) is not None)
+    if size < len(self.ids):
+      self.ids, self.text = self.ids[:size], self._text_of(size)
+    self.text = self.text[: find_stop(self.text, self._stop)]
+
+  def _text_of(self, size: int) -> str:
+    return self._tokenizer.incremental_decoder().feed(self.ids[:size])
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:
@@ -229,7 +253,6 @@ class Sampler:
       valid_BT[b, self._used - len(context) :] = True
     for low in range(0, self._used, self._chunk):
       part = np.s_[:, low : low + self._chunk]
-      self._reserve_to(low + self._chunk)
       self._cache = decode.prefill(self._model, self._params, self._cache, tokens_BT[part], valid_BT[part])
 
   def _bounded(self, capacity: int) -> int:
@@ -240,11 +263,8 @@ class Sampler:
     return min(capacity, window + self._chunk - 1)
 
   def _reserve(self, more: int) -> None:
-    self._reserve_to(self._used + more)
-
-  def _reserve_to(self, length: int) -> None:
     """Attention's cost follows the text: the cache doubles when it is full, up to its ring."""
-    capacity = self._bounded(max(self._capacity, _power_of_two(length, low=64)))
+    capacity = self._bounded(max(self._capacity, _power_of_two(self._used + more, low=64)))
     if capacity > self._capacity:
       self._cache = self._model.grow_cache(self._cache, capacity)
       self._capacity = capacity

@@ -31,4 +31,5 @@ class SamplingParams:
     need('min_p', 0 <= self.min_p <= 1, 'in [0, 1]')
     need('seed', 0 <= self.seed < 2**32, 'in [0, 2**32)')
     need('num_samples', self.num_samples >= 1, 'at least 1')
+    need('stop', not isinstance(self.stop, str), 'a sequence of texts, but one text')
     need('stop', all(self.stop), 'made of texts with at least one character')

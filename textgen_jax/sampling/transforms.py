@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
   """uint32 that compare as the floats do (+0.0 and -0.0 alike)."""
-  bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32) + 0.0, jnp.uint32)
+  # XLA drops `x + 0.0`, which would have made -0.0 positive.
+  bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x.astype(jnp.float32)), jnp.uint32)
   return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))
 
 
@@ -31,8 +32,11 @@ def _largest_threshold(bits_BV: jax.Array, enough: Callable[[jax.Array], jax.Arr
 
 
 def temperature(logits_BV: jax.Array, temperature_B: jax.Array) -> jax.Array:
-  """Divides by the temperature; rows at 0, whose draw is an argmax, stay as they are."""
-  return logits_BV / jnp.where(temperature_B > 0, temperature_B, 1.0)[:, None]
+  """Distances to the likeliest token's logit, divided by the temperature; rows at 0, whose draw is an argmax, are not divided."""
+  # Zero stays exactly zero. Undivided, a likeliest logit of 600 at 1e-8 gave zero probabilities: XLA fuses
+  # this product with a later subtraction of its own maximum, and rounds only one of the two.
+  below_BV = logits_BV - logits_BV.max(axis=-1, keepdims=True)
+  return below_BV / jnp.where(temperature_B > 0, temperature_B, 1.0)[:, None]
 
 
 def top_k(logits_BV: jax.Array, k_B: jax.Array) -> jax.Array:
@@ -71,7 +75,8 @@ def top_p(logits_BV: jax.Array, p_B: jax.Array) -> jax.Array:
   def enough(kept_BV: jax.Array) -> jax.Array:
     return jnp.where(kept_BV, probs_BV, 0.0).sum(axis=1) >= p_B
 
-  threshold_B1 = _largest_threshold(bits_BV, enough)
+  # A p that rounds to 0 is reached by no token at all: the likeliest stays.
+  threshold_B1 = jnp.minimum(_largest_threshold(bits_BV, enough), bits_BV.max(axis=1, keepdims=True))
   return jnp.where((bits_BV >= threshold_B1) | (p_B >= 1)[:, None], logits_BV, -jnp.inf)
 
 

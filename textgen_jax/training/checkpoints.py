@@ -37,7 +37,11 @@ class Checkpoints:
         create=not read_only,
         read_only=read_only,
         preservation_policy=managers.AnyPreservationPolicy(
-          [managers.LatestN(keep_latest), managers.BestN(get_metric_fn=_score, n=1)]
+          [
+            managers.LatestN(keep_latest),
+            # A step whose record is missing is what a process left that was killed while it deleted.
+            managers.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
+          ]
         ),
         best_fn=_score,
         best_mode='max',

@@ -32,6 +32,15 @@ class Score(NamedTuple):
     return math.exp(min(self.loss_nats, 700.0))  # float64 ends at exp(709)
 
 
+# A row of an evaluation with carried state, about: long enough to forget that it began with nothing.
+CARRIED_ROW_TOKENS = 8192
+
+
+def row_chunks(carried: bool, length: int) -> int:
+  """How many calls of `length` tokens score one row: one, unless the model was trained to carry its state."""
+  return -(-CARRIED_ROW_TOKENS // length) if carried else 1
+
+
 @functools.partial(jax.jit, static_argnames='model')
 def nll_sums(model: base.LanguageModel, params: Any, cache: Any, batch: windows.Batch) -> tuple[jax.Array, Any]:
   """Each row's summed loss (nats), [B], and the cache after the batch."""

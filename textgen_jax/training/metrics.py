@@ -52,7 +52,8 @@ class Writer:
     self._file.write(json.dumps({'step': step, **values}) + '\n')
     self._file.flush()
     for name, value in values.items():
-      self._events.add_scalar(name, value, step)
+      if value is not None:  # not finite; TensorBoard takes no None
+        self._events.add_scalar(name, value, step)
 
   def text(self, step: int, name: str, text: str) -> None:
     self._events.add_text(name, '```\n' + text + '\n```', step)

@@ -52,11 +52,6 @@ def check(config: OptimizerConfig) -> None:
     near = difflib.get_close_matches(config.schedule, schedules.KINDS, 1)
     hint = f'; did you mean {near[0]!r}?' if near else ''
     raise errors.UserError(f'optimizer.schedule={config.schedule!r} is none of {", ".join(schedules.KINDS)}{hint}')
-  if config.schedule != 'constant' and config.schedule_steps and config.warmup_steps >= config.schedule_steps:
-    raise errors.UserError(
-      f'optimizer.warmup_steps={config.warmup_steps} is not below the schedule of {config.schedule_steps} steps'
-      ' (optimizer.schedule_steps, or training.num_steps where that is 0)'
-    )
 
 
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:

@@ -14,12 +14,13 @@ def build(kind: str, *, peak: float, final: float, warmup_steps: int, total_step
   linear: a straight line down to `final` at `total_steps`.
   constant: stays at `peak`.
   wsd: stays at `peak`, then falls in a line to `final` over the last
-    `decay_fraction` of `total_steps` (warmup-stable-decay; Hu et al. 2024, arXiv:2404.06395).
+    `decay_fraction` of `total_steps`, at the earliest from the warm-up's end on
+    (warmup-stable-decay; Hu et al. 2024, arXiv:2404.06395).
 
   Past `total_steps` the last rate holds. The first update already has a rate above
   0: update n of the warm-up runs at n / warmup_steps of the peak, counted from 1.
   """
-  rest = total_steps - warmup_steps
+  rest = max(1, total_steps - warmup_steps)  # a run may well end within its warm-up
   if kind == 'cosine':
     after = optax.cosine_decay_schedule(peak, rest, alpha=final / peak if peak else 0.0)
   elif kind == 'linear':
@@ -27,8 +28,8 @@ def build(kind: str, *, peak: float, final: float, warmup_steps: int, total_step
   elif kind == 'constant':
     after = optax.constant_schedule(peak)
   elif kind == 'wsd':
-    decay = max(1, round(decay_fraction * total_steps))
-    after = optax.linear_schedule(peak, final, decay, transition_begin=max(0, rest - decay))
+    decay = min(rest, max(1, round(decay_fraction * total_steps)))
+    after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
   else:
     raise errors.UserError(f'optimizer.schedule={kind!r} is none of {", ".join(KINDS)}')
   if not warmup_steps:

@@ -61,10 +61,10 @@ def make_train_step(
       return model.apply({'params': params}, hidden_BTD, method='unembed')
 
     nll_BT = losses.nll(unembed(hidden_BTD), batch.targets_BT)
-    loss = (nll_BT * batch.weights_BT).sum()
+    loss, weight = (nll_BT * batch.weights_BT).sum(), batch.weights_BT.sum()
     inputs = LossInputs(params, batch, hidden_BTD, unembed, nll_BT, sown.get('intermediates', {}), hook_key)
     extra, metrics = hook(inputs)
-    return loss + extra, (carry, {'loss': (loss, batch.weights_BT.sum()), **metrics})
+    return loss + extra, (carry, {**metrics, 'loss': (loss, weight), 'objective': (loss + extra, weight)})
 
   grad_fn = jax.grad(loss_sum, has_aux=True)
 
@@ -92,13 +92,14 @@ def make_train_step(
   def train_step(old: state.TrainState, batch: windows.Batch) -> tuple[state.TrainState, Sums]:
     key = jax.random.fold_in(old.root_key, old.step)
     grads, carry, sums = summed_grads(old.params, old.carry, batch, key)
-    weight = jnp.maximum(sums['loss'][1], 1.0)
+    objective, weight = sums.pop('objective')  # the loss and the hook's term
+    weight = jnp.maximum(weight, 1.0)
     grads = jax.tree.map(lambda g: g / weight, grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, old.opt_state, old.params)
     one = jnp.ones(())
     # A bad step leaves parameters, moments, the schedule's count and the carry as they were.
-    good = jnp.isfinite(sums['loss'][0]) & jnp.isfinite(norm)
+    good = jnp.isfinite(objective) & jnp.isfinite(norm)
     params, opt_state, carry = jax.tree.map(
       lambda new, previous: jnp.where(good, new, previous),
       (optax.apply_updates(old.params, updates), opt_state, carry),

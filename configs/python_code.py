@@ -1,0 +1,29 @@
+"""A byte Transformer on the Python standard library's own source, which needs no download.
+
+  python train.py --config=configs/python_code.py --workdir=runs/python_code
+"""
+
+from textgen_jax import experiment
+from textgen_jax.data import corpora
+from textgen_jax.models import transformer
+from textgen_jax.text import base
+from textgen_jax.training import optimizer
+
+
+def get_config() -> experiment.Experiment:
+  return experiment.Experiment(
+    data=corpora.DataConfig(corpus='python_stdlib'),
+    tokenizer=base.TokenizerConfig(kind='byte'),
+    model=transformer.TransformerConfig(dim=128, num_layers=4, num_heads=4),
+    optimizer=optimizer.OptimizerConfig(peak_lr=4e-3, final_lr=1e-4, warmup_steps=100, b2=0.99),
+    training=experiment.TrainingConfig(
+      num_steps=1500,
+      batch_size=8,
+      sequence_length=128,
+      eval_every_steps=500,
+      eval_max_tokens=50_000,
+      checkpoint_every_steps=500,
+      sample_prompt='def ',
+      sample_tokens=200,
+    ),
+  )

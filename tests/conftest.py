@@ -1,0 +1,51 @@
+"""What several test files share: a cache of their own, a small text, tiny trained workdirs."""
+
+import pathlib
+
+import pytest
+
+import train
+
+TINY = [
+  '--config.tokenizer.kind=char',
+  '--config.model.dim=16',
+  '--config.model.num_layers=1',
+  '--config.training.batch_size=4',
+  '--config.training.sequence_length=16',
+  '--config.training.num_steps=6',
+  '--config.training.log_every_steps=2',
+  '--config.training.eval_every_steps=3',
+  '--config.training.checkpoint_every_steps=2',
+  '--config.training.sample_tokens=0',
+]
+CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
+
+
+@pytest.fixture(scope='session', autouse=True)
+def cache(tmp_path_factory):
+  """No test touches the user's cache."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('TEXTGEN_JAX_CACHE', str(tmp_path_factory.mktemp('cache')))
+    yield
+
+
+@pytest.fixture(scope='session')
+def text_file(tmp_path_factory):
+  """About 6,000 characters of made-up lines, with no Z among them."""
+  words = 'the king and his fool went over hill field to see a ship of war come home from sea'.split()
+  lines = [' '.join(words[(i * j) % len(words)] for j in range(3, 9)) + '.' for i in range(1, 180)]
+  path = tmp_path_factory.mktemp('text') / 'tale.txt'
+  path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+  return path
+
+
+def train_argv(workdir, text_file, *more, config='debug'):
+  return ['train.py', f'--config={CONFIGS}/{config}.py', f'--workdir={workdir}', f'--config.data.path={text_file}', *TINY, *more]
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory, text_file, cache):
+  """A workdir that holds a finished run of a tiny Transformer. Not to be changed."""
+  workdir = tmp_path_factory.mktemp('runs') / 'trained'
+  assert train.main(train_argv(workdir, text_file)) == 0
+  return workdir

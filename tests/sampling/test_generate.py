@@ -1,0 +1,380 @@
+import dataclasses
+import functools
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from textgen_jax import errors
+from textgen_jax.models import build, lstm, transformer
+from textgen_jax.sampling import decode, generate, params
+from textgen_jax.text import base, byte, char
+
+SEGMENT = generate.SEGMENT
+ALPHABET = '\n abcdefghijk'
+TOKENIZER = char.CharTokenizer.train(base.TokenizerConfig(), [ALPHABET])
+CONTEXT = 12
+PROMPTS = ['abc', 'k', 'hide a bad bee\nfed a fig']  # shorter than the context, one token, twice the context
+LONGEST = 400
+
+Settings = functools.partial(params.SamplingParams, temperature=0.8, max_new_tokens=40)
+
+
+class Subject:
+  """A tiny model with random parameters, and its generation without a cache."""
+
+  def __init__(self, config, vocab_size=TOKENIZER.vocab_size):
+    self.model = build.build(config, vocab_size, CONTEXT)
+    shapes = jax.eval_shape(
+      functools.partial(self.model.init, method='init_everything'), jax.random.key(0), jnp.zeros((2, CONTEXT), jnp.int32)
+    )
+    # Every leaf, the output layers too, which begin as zeros.
+    leaves, structure = jax.tree.flatten(nn.meta.unbox(shapes)['params'])
+    rng = np.random.default_rng(0)
+    self.params = structure.unflatten([jnp.asarray(rng.normal(scale=0.4, size=leaf.shape), leaf.dtype) for leaf in leaves])
+    # Causal: what pads the end doesn't matter, and one shape serves every length.
+    self.padded = CONTEXT if self.model.slides else LONGEST
+    self.step = jax.jit(self._step, static_argnames='uses')
+
+  def _step(self, params, tokens_BT, last, position_B, knobs, uses):
+    hidden_BTD, _ = self.model.apply({'params': params}, tokens_BT)
+    logits_BTV = self.model.apply({'params': params}, hidden_BTD, method='unembed')
+    return decode.next_token(logits_BTV[:, last], position_B, knobs, uses)
+
+  def generate(self, *args):
+    return generate.generate(self.model, self.params, TOKENIZER, *args)
+
+  def reference(self, prompt, settings, sample=0):
+    """Ids by a full forward pass a token; learned positions read the last 3/4 of the context anew where it is full."""
+    history, start = generate.prompt_ids(TOKENIZER, prompt), 0
+    prompt_hash = np.frombuffer(hashlib.sha256(np.array(history, '<u4').tobytes()).digest()[:4], '<u4')
+    keys = np.asarray(decode.row_keys(np.array([settings.seed], np.uint32), prompt_hash, np.array([sample], np.uint32)))
+    knobs, uses = decode.Knobs.of([settings], keys), decode.Uses.of([settings])
+    for position in range(settings.max_new_tokens):
+      if self.model.slides and len(history) - start > CONTEXT:
+        start = len(history) - CONTEXT * 3 // 4
+      seen = history[start:]
+      tokens_BT = np.array([seen + [0] * (self.padded - len(seen))], np.int32)
+      token_B = self.step(self.params, tokens_BT, len(seen) - 1, np.array([position], np.int32), knobs, uses)
+      history.append(int(token_B[0]))
+    return history[len(history) - settings.max_new_tokens :]
+
+
+@functools.cache
+def subject(name):
+  tiny = functools.partial(transformer.TransformerConfig, dim=16, num_layers=2, num_heads=2, num_kv_heads=1)
+  return Subject(
+    {
+      'rotary': lambda: tiny(vocab_multiple=8),
+      'learned': lambda: tiny(position='learned', norm='layer', activation='gelu', bias=True),
+      'lstm': lambda: lstm.LSTMConfig(dim=16, num_layers=2),
+    }[name]()
+  )
+
+
+families = pytest.mark.parametrize('name', ['rotary', 'learned', 'lstm'])
+GREEDY, DRAWN = Settings(temperature=0), Settings(seed=3)
+FILTERED = Settings(seed=4, top_k=5, top_p=0.9, min_p=0.02)
+
+
+@pytest.mark.parametrize(
+  ('name', 'settings'),
+  [(name, settings) for name in ('rotary', 'learned', 'lstm') for settings in (GREEDY, DRAWN)] + [('lstm', FILTERED)],
+)
+def test_the_cache_changes_nothing(name, settings):
+  one = subject(name)
+  completions = one.generate(PROMPTS, settings)
+  for completion, prompt in zip(completions, PROMPTS, strict=True):
+    assert completion.tokens == one.reference(prompt, settings)
+    assert completion.text == TOKENIZER.decode(completion.tokens)
+    assert (completion.prompt, completion.seed, completion.sample_index, completion.finish_reason) == (prompt, settings.seed, 0, 'length')
+  if settings.temperature:
+    assert all(len(set(completion.tokens)) > 4 for completion in completions)
+
+
+@families
+def test_prompts_longer_than_a_chunk(name):
+  one = subject(name)
+  prompt = 'abcdefghijk' * 30
+  assert len(prompt) > generate.MAX_CHUNK
+  settings = Settings(seed=1, max_new_tokens=5)
+  for completion in one.generate([prompt, 'cab', 'k'], settings):
+    assert completion.tokens == one.reference(completion.prompt, settings)
+
+
+@families
+def test_text_depends_on_neither_batch_nor_place(name):
+  one = subject(name)
+  settings = Settings(seed=9)
+  together = one.generate(PROMPTS, settings)
+  assert one.generate(PROMPTS[::-1], settings) == together[::-1]
+  assert [one.generate([prompt], settings)[0] for prompt in PROMPTS] == together
+
+
+@families
+def test_every_row_has_its_own_settings(name):
+  one = subject(name)
+  rows = [
+    Settings(temperature=0, max_new_tokens=3),
+    Settings(temperature=1.3, seed=1, max_new_tokens=50),  # the only one left in the end
+    Settings(seed=5, stop=('a', 'b')),
+    Settings(min_p=0.3, temperature=2, max_new_tokens=0),
+    Settings(top_k=2, seed=2, max_new_tokens=SEGMENT + 1),
+  ]
+  prompts = ['abc', 'k', PROMPTS[2], 'd', 'abc']
+  if name != 'lstm':  # filters know nothing of the model, and each combination of them compiles
+    rows, prompts = rows[:4], prompts[:4]
+  together = one.generate(prompts, rows)
+  assert [len(completion.tokens) for completion in together[:2]] == [3, 50]
+  assert [len(completion.tokens) for completion in together[3:]] == [0, SEGMENT + 1][: len(rows) - 3]
+  assert together[2].finish_reason == 'stop'
+  assert together == [one.generate([prompt], row)[0] for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def test_samples_and_seeds_differ_and_repeat():
+  one = subject('lstm')
+  settings = Settings(num_samples=3, seed=1)
+  first = one.generate(PROMPTS[:2], settings)
+  assert [(c.prompt, c.sample_index) for c in first] == [(p, s) for p in PROMPTS[:2] for s in range(3)]
+  assert len({c.text for c in first}) == 6
+  assert one.generate(PROMPTS[:2], settings) == first
+  assert one.generate(PROMPTS[:2], dataclasses.replace(settings, num_samples=1)) == first[::3]
+  another = one.generate(PROMPTS[:2], dataclasses.replace(settings, seed=2))
+  assert not {c.text for c in first} & {c.text for c in another}
+  assert [c.tokens for c in first[:3]] == [one.reference(PROMPTS[0], settings, sample) for sample in range(3)]
+
+
+@families
+def test_lengths_at_the_borders_of_a_segment(name):
+  one = subject(name)
+  whole = one.generate(['abc'], Settings(max_new_tokens=2 * SEGMENT + 1))[0]
+  assert len(whole.tokens) == 2 * SEGMENT + 1
+  for length in (0, 1, SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT):
+    cut = one.generate(['abc'], Settings(max_new_tokens=length))[0]
+    assert cut.tokens == whole.tokens[:length]
+    assert cut.text == TOKENIZER.decode(cut.tokens)
+    assert cut.finish_reason == 'length'
+
+
+@families
+def test_the_size_of_segments_changes_no_text(name):
+  one = subject(name)
+  prompts = [generate.prompt_ids(TOKENIZER, prompt) for prompt in PROMPTS]
+  rows = [Settings(), Settings(seed=1, max_new_tokens=11), Settings(temperature=0)]
+
+  def drawn(segment):
+    texts = [[], [], []]
+    for piece in generate.Sampler(one.model, one.params, prompts, rows, [0, 1, 2], segment):
+      for row, ids in piece.items():
+        texts[row] += ids
+    return texts
+
+  assert drawn(7) == drawn(SEGMENT)
+
+
+@pytest.mark.parametrize(
+  ('name', 'lengths', 'sizes'),
+  [
+    ('rotary', [5, 90, 3], [3, 1, 1]),
+    ('learned', [5, 90, 3], None),  # segments end where a context is full
+    ('lstm', [5, 90, 3, 5, 40, 90, 5], [7, 7, 2]),
+    ('lstm', [5, 90, 3, 5, 40, 90, 5, 1], [8, 4, 2]),  # one finished row stays for a while
+  ],
+)
+def test_finished_rows_are_let_go(name, lengths, sizes, monkeypatch):
+  one = subject(name)
+  rows = [Settings(seed=seed, max_new_tokens=length) for seed, length in enumerate(lengths)]
+  seen = []
+  real = decode.decode
+
+  def recorded(model, params, cache, token_B, *args, **kwargs):
+    seen.append(len(token_B))
+    return real(model, params, cache, token_B, *args, **kwargs)
+
+  monkeypatch.setattr(decode, 'decode', recorded)
+  completions = one.generate(['abc'] * len(rows), rows)
+  assert seen == sizes if sizes else (seen[0], seen[-1]) == (3, 1)
+  assert [completion.tokens for completion in completions] == [one.reference('abc', row) for row in rows]
+
+
+def test_the_ring_holds_the_window_while_a_chunk_is_written(monkeypatch):
+  # One slot too few hides one token from each chunk's first query, and four layers carry that to the end of the prompt.
+  one = Subject(transformer.TransformerConfig(dim=16, num_layers=4, num_heads=2))
+  prompts = [TOKENIZER.decode(np.random.default_rng(size).integers(12, size=size)) for size in (37, 30, 5)]
+  cached = []
+  real = decode.decode
+
+  def recorded(model, params, cache, token_B, *args, **kwargs):
+    hidden_BTD, _ = model.apply({'params': params}, token_B[:, None], cache=cache)
+    cached.append(model.apply({'params': params}, hidden_BTD[:, 0], method='unembed'))
+    return real(model, params, cache, token_B, *args, **kwargs)
+
+  monkeypatch.setattr(decode, 'decode', recorded)
+  one.generate(prompts, Settings(max_new_tokens=1))
+  for prompt, logits_V in zip(prompts, cached[0], strict=True):
+    hidden_BTD, _ = one.model.apply({'params': one.params}, TOKENIZER.encode(prompt)[None])
+    np.testing.assert_allclose(logits_V, one.model.apply({'params': one.params}, hidden_BTD[0, -1], method='unembed'), atol=1e-4)
+
+
+def test_an_empty_prompt_starts_a_document():
+  one = subject('rotary')
+  empty, newline = one.generate(['', '\n'], Settings())
+  assert TOKENIZER.special_ids['document_start'] == ALPHABET.index('\n') == 0
+  assert (empty.prompt, empty.tokens) == ('', newline.tokens)
+
+
+def test_no_prompts_no_completions():
+  assert subject('lstm').generate([], Settings()) == []
+  assert subject('lstm').generate([], []) == []
+
+
+def test_settings_must_be_one_for_each_prompt():
+  with pytest.raises(ValueError, match='zip'):
+    subject('lstm').generate(['a', 'b'], [Settings()])
+  with pytest.raises(ValueError, match='zip'):
+    subject('lstm').generate(['a'], [Settings(), Settings()])
+
+
+def test_an_unknown_character_is_an_error():
+  with pytest.raises(errors.UserError, match="'Z' at offset 2"):
+    subject('lstm').generate(['abc', 'abZ'], Settings())
+  with pytest.raises(errors.UserError, match="'Z' at offset 0"):
+    list(generate.stream(subject('lstm').model, None, TOKENIZER, 'Z', Settings()))
+
+
+@pytest.mark.parametrize(
+  ('name', 'settings', 'changes'),
+  [
+    ('rotary', DRAWN, [{'temperature': 0.1}, {'seed': 99}, {'max_new_tokens': 41}, {'stop': ('a',)}]),
+    ('lstm', FILTERED, [{'temperature': 0.1}, {'top_k': 7}, {'top_p': 0.2}, {'min_p': 0.5}, {'max_new_tokens': 9}]),
+  ],
+)
+def test_turning_a_knob_compiles_nothing(name, settings, changes):
+  one = subject(name)
+  one.generate(PROMPTS, settings)
+  before = decode.decode._cache_size(), decode.prefill._cache_size()
+  for change in changes:
+    one.generate(PROMPTS, dataclasses.replace(settings, **change))
+  one.generate(PROMPTS, [settings, dataclasses.replace(settings, temperature=0), settings])
+  assert (decode.decode._cache_size(), decode.prefill._cache_size()) == before
+
+
+class Successor:
+  """Certain that n is followed by n + 1."""
+
+  vocab_size, context_length, window, slides, carries = 256, 8, None, False, False
+
+  def init_cache(self, batch, length):
+    return jnp.zeros((batch, 1))
+
+  def grow_cache(self, cache, length):
+    return cache
+
+  def apply(self, variables, x, cache=None, valid_BT=None, method=None):
+    return jnp.log(jax.nn.one_hot(x + 1, 256)) if method == 'unembed' else (x, cache)
+
+
+SUCCESSOR = Successor()
+COUNT = ''.join(map(chr, range(32, 127)))  # what follows from ' '
+
+
+def count(prompt, settings, tokenizer=None):
+  return generate.generate(SUCCESSOR, {}, tokenizer or byte.ByteTokenizer(), [prompt], settings)[0]
+
+
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+def test_any_object_with_the_contract_will_do(temperature):
+  completion = count(' !"', Settings(temperature=temperature, max_new_tokens=80))
+  assert completion.text == COUNT[3:83]
+  assert completion.tokens == list(range(35, 115))
+
+
+@pytest.mark.parametrize(
+  ('stop', 'text', 'last'),
+  [
+    (('A',), COUNT[1:33], 'A'),  # the first token of the second segment
+    (('@',), COUNT[1:32], '@'),  # the last one of the first
+    (('?@A',), COUNT[1:31], 'A'),  # across the border
+    (('9:;<=>?@AB',), COUNT[1:25], 'B'),
+    (('!',), '', '!'),
+    (('!"#',), '', '#'),
+    (('b', '(', 'Z'), COUNT[1:8], '('),
+    (('78', '6789', '8'), COUNT[1:23], '8'),  # '6789' begins first, but '78' is completed before it, and '8' ends with it
+    (('8', '56789'), COUNT[1:24], '8'),
+    (('~~', 'zz'), COUNT[1:61], None),
+  ],
+)
+def test_stop_texts_are_trimmed(stop, text, last):
+  settings = Settings(max_new_tokens=60, stop=stop)
+  completion = count(' ', settings)
+  assert completion.text == text
+  assert completion.finish_reason == ('stop' if last else 'length')
+  assert completion.tokens == list(range(33, ord(last) + 1 if last else 93))
+  assert ''.join(generate.stream(SUCCESSOR, {}, byte.ByteTokenizer(), ' ', settings)) == text
+
+
+def test_a_stop_text_counts_where_it_is_generated_not_in_the_prompt():
+  assert count('AB', Settings(max_new_tokens=3, stop=('AB', 'BC'))).text == 'CDE'
+
+
+class Echo(Successor):
+  """Certain of the next byte of a text, by position alone."""
+
+  def __init__(self, text):
+    self.ids = jnp.asarray(np.frombuffer(text.encode(), np.uint8).astype(np.int32))
+
+  def apply(self, variables, x, cache=None, valid_BT=None, method=None):
+    if method == 'unembed':
+      return jnp.log(jax.nn.one_hot(self.ids[x], 256))
+    steps_BT = jnp.ones_like(x) if valid_BT is None else valid_BT.astype(jnp.int32)
+    return cache.astype(jnp.int32) + jnp.cumsum(steps_BT, axis=1) - 1, cache + steps_BT.sum(axis=1, keepdims=True)
+
+
+VERSE = 'a\u00e9\u4e16\U0001f600' * 15  # 1 + 2 + 3 + 4 bytes: a segment ends inside a character
+
+
+@pytest.mark.parametrize('stop', [(), (VERSE[1:3],), (VERSE[2:13],), ('\U0001f600b',)])
+@pytest.mark.parametrize('length', [1, 2, 5, 31, SEGMENT, 33, 34, 35, 64, 101, 149])
+def test_pieces_of_a_stream_are_whole_characters_and_join_to_the_text(stop, length):
+  echo, settings = echo_of(VERSE), Settings(max_new_tokens=length, stop=stop)
+  whole = generate.generate(echo, {}, byte.ByteTokenizer(), ['p'], settings)[0]
+  pieces = list(generate.stream(echo, {}, byte.ByteTokenizer(), 'p', settings))
+  assert ''.join(pieces) == whole.text
+  expected = VERSE.encode()[:length].decode(errors='replace')
+  at = expected.find(stop[0]) if stop else -1
+  assert whole.text == (expected if at < 0 else expected[:at])
+  assert (whole.finish_reason == 'stop') == (at >= 0)
+  assert '\ufffd' not in ''.join(pieces[:-1])
+
+
+@functools.cache
+def echo_of(text):
+  return Echo(text)
+
+
+def test_a_stop_text_may_be_completed_by_the_end_itself():
+  # The last character is cut in half and so becomes U+FFFD.
+  settings = Settings(max_new_tokens=2, stop=('\ufffd',))
+  whole = generate.generate(echo_of(VERSE), {}, byte.ByteTokenizer(), ['p'], settings)[0]
+  assert (whole.text, whole.finish_reason, len(whole.tokens)) == ('a', 'stop', 2)
+  assert ''.join(generate.stream(echo_of(VERSE), {}, byte.ByteTokenizer(), 'p', settings)) == 'a'
+
+
+@families
+def test_a_stream_is_the_text_of_generate(name):
+  one = subject(name)
+  for settings in (Settings(max_new_tokens=70, seed=2), Settings(max_new_tokens=70, seed=2, stop=('ab', 'k\n', 'jjj'))):
+    for prompt in PROMPTS:
+      pieces = list(generate.stream(one.model, one.params, TOKENIZER, prompt, settings))
+      assert ''.join(pieces) == one.generate([prompt], settings)[0].text
+      assert len(pieces) >= 3 or settings.stop
+
+
+def test_a_stream_comes_in_pieces_while_it_is_made():
+  pieces = generate.stream(SUCCESSOR, {}, byte.ByteTokenizer(), ' ', Settings(max_new_tokens=90, stop=('~~~',)))
+  assert next(pieces) == COUNT[1 : SEGMENT - 1]  # two characters wait: a stop text may begin with them
+  assert next(pieces) == COUNT[SEGMENT - 1 : 2 * SEGMENT - 1]
+  assert ''.join(generate.stream(SUCCESSOR, {}, byte.ByteTokenizer(), ' ', Settings(max_new_tokens=0))) == ''

@@ -1,0 +1,329 @@
+import dataclasses
+import json
+import math
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from textgen_jax import errors, trainer, trees, workdir
+from textgen_jax import experiment as experiment_lib
+from textgen_jax.data import corpora
+from textgen_jax.models import lstm, transformer
+from textgen_jax.sampling import generate
+from textgen_jax.text import base
+from textgen_jax.training import optimizer
+
+TEXT = 'She sells sea shells by the sea shore, and the shells she sells are sea shells. ' * 24
+MODELS = ('transformer', 'lstm')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def surroundings(tmp_path_factory):
+  """A cache of our own; programs compiled quickly, and once for all runs that share them."""
+  old = {name: jax.config.values[name] for name in ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('TEXTGEN_JAX_CACHE', str(tmp_path_factory.mktemp('cache')))
+    jax.config.update('jax_disable_most_optimizations', True)
+    jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('xla')))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
+    for name, value in old.items():
+      jax.config.update(name, value)
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  path = tmp_path_factory.mktemp('text') / 'text.txt'
+  path.write_text(TEXT)
+  return path
+
+
+@pytest.fixture
+def make(text):
+  def make(kind='lstm', rate=1e-2, schedule_steps=0, init_from='', dim=16, tokenizer='char', **training):
+    if kind == 'transformer':
+      model = transformer.TransformerConfig(dim=dim, num_layers=1, num_heads=2, dropout=0.1)
+    else:
+      model = lstm.LSTMConfig(dim=dim, num_layers=1, dropout=0.1)
+    settings = {
+      'num_steps': 8,
+      'batch_size': 4,
+      'sequence_length': 8,
+      'windows': 'contiguous' if kind == 'lstm' else 'random',
+      'log_every_steps': 1,
+      'eval_every_steps': 0,
+      'checkpoint_every_steps': 0,
+      'sample_tokens': 0,
+      'eval_batch_size': 8,
+    }
+    return experiment_lib.Experiment(
+      init_from=str(init_from),
+      data=corpora.DataConfig(path=str(text)),
+      tokenizer=base.TokenizerConfig(kind=tokenizer),
+      model=model,
+      optimizer=optimizer.OptimizerConfig(peak_lr=rate, final_lr=rate / 10, warmup_steps=2, schedule_steps=schedule_steps),
+      training=experiment_lib.TrainingConfig(**(settings | training)),
+    )
+
+  return make
+
+
+def lines(directory):
+  return [json.loads(line) for line in (directory / 'metrics.jsonl').read_text().splitlines()]
+
+
+def column(directory, name):
+  return {line['step']: line[name] for line in lines(directory) if name in line}
+
+
+def steps(directory):
+  return sorted(int(path.name) for path in (directory / 'checkpoints').iterdir() if path.name.isdecimal())
+
+
+def stored(directory, step):
+  """All arrays of a checkpoint: params, moments, counts, carry."""
+  read = ocp.StandardCheckpointer().restore
+  here = directory.absolute() / 'checkpoints' / str(step)
+  return {item: read(here / item) for item in ('params', 'state')}
+
+
+def assert_same_end(a, b, step):
+  for (name, x), (_, y) in zip(*(trees.named_leaves(stored(one, step)) for one in (a, b)), strict=True):
+    np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+def snapshot(directory):
+  return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None) for path in directory.rglob('*')}
+
+
+@pytest.mark.parametrize('kind', MODELS)
+def test_looking_at_a_run_does_not_change_it(kind, make, tmp_path):
+  quiet, watched = tmp_path / 'quiet', tmp_path / 'watched'
+  trainer.train(make(kind, num_steps=12, log_every_steps=100), quiet)
+  busy = {'eval_every_steps': 3, 'sample_every_steps': 2, 'sample_tokens': 3, 'checkpoint_every_steps': 5, 'eval_max_tokens': 50}
+  trainer.train(make(kind, num_steps=12, **busy), watched)
+  assert_same_end(quiet, watched, 12)
+  assert len(column(watched, 'val/loss')) == 4
+  assert list(column(quiet, 'train/loss')) == [12]
+  assert column(quiet, 'train/loss')[12] == column(watched, 'train/loss')[12]  # that step's own
+
+
+@pytest.mark.parametrize('kind', MODELS)
+def test_learns_a_text_and_writes_what_scripts_read(kind, make, tmp_path, text):
+  def hook(inputs):
+    return jnp.zeros(()), {'norm': (jnp.square(inputs.hidden_BTD).sum(), jnp.asarray(float(inputs.nll_BT.size)))}
+
+  score = trainer.train(make(kind, rate=3e-2, num_steps=80, log_every_steps=10, eval_every_steps=40), tmp_path, hook)
+  for name in ('loss', 'grad_norm', 'learning_rate', 'tokens_per_s', 'norm'):
+    found = column(tmp_path, f'train/{name}')
+    assert list(found) == list(range(10, 81, 10)), name
+    assert all(math.isfinite(value) and value > 0 for value in found.values()), name
+  # The last of 80 updates stands one short of the schedule's end; the cosine is flat there.
+  np.testing.assert_allclose(column(tmp_path, 'train/learning_rate')[80], 3e-3, rtol=1e-2)
+  val = {name: column(tmp_path, f'val/{name}') for name in ('loss', 'bits_per_byte', 'perplexity')}
+  assert {tuple(found) for found in val.values()} == {(40, 80)}
+  assert val['loss'][80] == score.loss_nats
+  np.testing.assert_allclose(val['perplexity'][80], math.exp(score.loss_nats))
+  # Characters of one byte: a token is a byte, and the first of the val split is given.
+  np.testing.assert_allclose(val['bits_per_byte'][80], score.loss_nats / math.log(2))
+  assert score.tokens == score.bytes == len(TEXT) - int(0.9 * len(TEXT)) - 1
+  uniform = math.log(len(set(TEXT)))
+  assert score.loss_nats < val['loss'][40] < uniform
+  assert score.loss_nats < 0.7 * uniform
+  assert column(tmp_path, 'train/loss')[80] < 0.7 * uniform
+  assert (tmp_path / 'config.json').is_file()
+  assert (tmp_path / 'tokenizer' / 'tokenizer.json').is_file()
+  assert list(tmp_path.glob('events.out.tfevents.*'))
+
+
+@pytest.mark.parametrize('kind', MODELS)
+def test_more_steps_go_on_as_if_asked_for_at_once(kind, make, tmp_path, capfd):
+  whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+  trainer.train(make(kind, num_steps=14, schedule_steps=14), whole)
+  trainer.train(make(kind, num_steps=5, schedule_steps=14), parts)
+  before = lines(parts)
+  capfd.readouterr()
+  trainer.train(make(kind, num_steps=14, schedule_steps=0, checkpoint_every_steps=3), parts)  # 0 keeps the horizon that was
+  told = capfd.readouterr().err
+  assert 'going on from step 5' in told
+  assert 'changed on resume: training.num_steps: 5 -> 14' in told
+  assert_same_end(whole, parts, 14)
+  assert lines(parts)[: len(before)] == before
+  for name in ('train/loss', 'train/grad_norm', 'train/learning_rate'):
+    assert column(parts, name) == column(whole, name)
+
+
+def test_a_finished_run_is_only_scored_again(make, tmp_path, capfd):
+  first = trainer.train(make(), tmp_path)
+  before = snapshot(tmp_path / 'checkpoints')
+  assert trainer.train(make(), tmp_path) == first
+  assert 'has trained 8 steps already' in capfd.readouterr().err
+  assert snapshot(tmp_path / 'checkpoints') == before
+  assert list(column(tmp_path, 'train/loss')) == list(range(1, 9))
+
+
+def test_a_change_that_makes_another_run_is_refused(make, tmp_path):
+  trainer.train(make(), tmp_path / 'run')
+  before = snapshot(tmp_path)
+  given = make(rate=2e-2, dim=32, num_steps=20, log_every_steps=3)
+  with pytest.raises(errors.UserError) as caught:
+    trainer.train(given, tmp_path / 'run')
+  message = str(caught.value)
+  for line in ('model.dim: 16 -> 32', 'optimizer.peak_lr: 0.01 -> 0.02', 'optimizer.final_lr: 0.001 -> 0.002'):
+    assert line in message
+  assert 'num_steps' not in message  # what may change isn't blamed
+  assert 'log_every_steps' not in message
+  with pytest.raises(errors.UserError, match='seed: 0 -> 1'):
+    trainer.train(dataclasses.replace(make(), seed=1), tmp_path / 'run')
+  assert snapshot(tmp_path) == before
+
+
+def test_another_text_is_refused(make, tmp_path):
+  trainer.train(make(), tmp_path / 'run')
+  (tmp_path / 'other.txt').write_text(TEXT.replace('shore', 'store'))
+  (tmp_path / 'same.txt').write_text(TEXT)
+  before = snapshot(tmp_path)
+  given = make(num_steps=9)
+  given.data.path = str(tmp_path / 'other.txt')
+  with pytest.raises(errors.UserError, match='was trained on other batches: data'):
+    trainer.train(given, tmp_path / 'run')
+  assert snapshot(tmp_path) == before
+  given.data.path = str(tmp_path / 'same.txt')  # the same text elsewhere is the same text
+  trainer.train(given, tmp_path / 'run')
+  assert steps(tmp_path / 'run')[-1] == 9
+
+
+@pytest.mark.parametrize('kind', MODELS)
+def test_init_from_takes_the_params_alone(kind, make, tmp_path):
+  source, target = tmp_path / 'source', tmp_path / 'target'
+  trainer.train(make(kind, num_steps=6), source)
+  # At a rate of 0 the params stay what they were at the start.
+  trainer.train(make(kind, rate=0.0, num_steps=3, init_from=source), target)
+  theirs, ours = stored(source, 6), stored(target, 3)
+  for (name, x), (_, y) in zip(*(trees.named_leaves(one['params']) for one in (theirs, ours)), strict=True):
+    np.testing.assert_array_equal(x, y, err_msg=name)
+  assert int(ours['state']['step']) == int(ours['state']['updates']) == 3
+  counts = [int(x) for name, x in trees.named_leaves(ours['state']['opt_state']) if name.endswith('count')]
+  assert counts
+  assert set(counts) == {3}
+  assert list(column(target, 'train/loss')) == [1, 2, 3]
+
+
+def test_init_from_what_does_not_fit(make, tmp_path):
+  source, target = tmp_path / 'source', tmp_path / 'target'
+  trainer.train(make(num_steps=2), source)
+  for given, complaint in (
+    (make(dim=32, init_from=source), r'has other parameters: embed/embedding \(\d+, 16\) -> \(\d+, 32\)'),
+    (make(tokenizer='byte', init_from=source), 'another tokenizer'),
+    (make(init_from=tmp_path / 'nothing'), 'no checkpoint was ever written there'),
+  ):
+    with pytest.raises(errors.UserError, match=complaint):
+      trainer.train(given, target)
+  assert not target.exists()
+
+
+def test_a_prefix_is_scored_on_the_way_and_the_whole_at_the_end(make, tmp_path, capfd):
+  score = trainer.train(make('transformer', num_steps=6, eval_every_steps=2, eval_max_tokens=40), tmp_path)
+  whole = len(TEXT) - int(0.9 * len(TEXT)) - 1
+  assert score.tokens == whole
+  found = [(line['step'], line['val/tokens']) for line in lines(tmp_path) if 'val/tokens' in line]
+  assert found == [(2, 39), (4, 39), (6, 39), (6, whole)]
+  told = [line for line in capfd.readouterr().err.splitlines() if 'val loss' in line]
+  assert ['first 40 tokens of val' in line for line in told] == [True, True, True, False]
+  assert 'whole val split' in told[-1]
+
+
+def test_the_best_and_the_latest_are_kept(make, tmp_path):
+  # So high a rate that the loss soon rises: the best comes early.
+  trainer.train(make('lstm', rate=2.0, num_steps=12, eval_every_steps=1), tmp_path)
+  losses = column(tmp_path, 'val/loss')
+  best = min(losses, key=losses.get)
+  assert best < 12
+  assert steps(tmp_path) == [best, 12]
+  assert workdir.load(tmp_path).step == best
+  assert workdir.load(tmp_path, 'latest').step == 12
+  # What was best before a restart is remembered.
+  trainer.train(make('lstm', rate=2.0, num_steps=14, eval_every_steps=1, schedule_steps=12), tmp_path)
+  losses = column(tmp_path, 'val/loss')
+  assert steps(tmp_path) == sorted({min(losses, key=losses.get), 14})
+
+
+@pytest.mark.parametrize(('log_every_steps', 'raised_by'), [(1, 10), (4, 12), (100, 30)])
+def test_training_that_never_updates_has_diverged(log_every_steps, raised_by, make, tmp_path):
+  def hook(inputs):
+    return jnp.nan * inputs.hidden_BTD.sum(), {'broken': (jnp.asarray(jnp.inf), jnp.ones(()))}
+
+  with pytest.raises(errors.Diverged, match=rf'steps 1 to {raised_by}: ') as caught:
+    trainer.train(make(num_steps=30, log_every_steps=log_every_steps), tmp_path, hook)
+  assert caught.value.exit_code == 3
+  assert all(value is None for value in column(tmp_path, 'train/broken').values())
+  assert steps(tmp_path) == []
+
+
+def test_a_few_bad_steps_are_skipped_told_and_gone_past(make, tmp_path, capfd):
+  def hook(inputs):
+    # The second batch of each epoch, told by its first token's place: any batch-dependent sign will do.
+    bad = (inputs.batch.tokens_BT.sum() % 3) == 0
+    return jnp.where(bad, jnp.nan, 0.0), {}
+
+  trainer.train(make(num_steps=20), tmp_path, hook)
+  skipped = column(tmp_path, 'train/skipped_steps')
+  assert 0 < skipped[20] < 20
+  final = stored(tmp_path, 20)
+  assert int(final['state']['step']) == 20
+  assert int(final['state']['updates']) == 20 - skipped[20]
+  assert all(np.isfinite(x).all() for _, x in trees.named_leaves(final))
+  assert f'{skipped[20]} steps so far were skipped' in capfd.readouterr().err
+  # The schedule waits for a skipped step.
+  rates = list(column(tmp_path, 'train/learning_rate').values())
+  bad = np.diff([0, *skipped.values()]).astype(bool)
+  assert all((rates[n] == rates[n + 1]) == bad[n] for n in range(2, 18))
+
+
+@pytest.mark.parametrize('profile_steps', ['2:3', '2:50'])
+def test_profile_steps_write_a_trace(profile_steps, make, tmp_path):
+  trainer.train(make(num_steps=4, profile_steps=profile_steps), tmp_path)
+  assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+
+
+def test_a_profile_may_span_a_restart(make, tmp_path):
+  trainer.train(make(num_steps=3, schedule_steps=6), tmp_path)
+  trainer.train(make(num_steps=6, schedule_steps=6, profile_steps='2:5'), tmp_path)
+  assert steps(tmp_path) == [6]
+  assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+
+
+def test_a_signal_during_a_sample_still_saves(make, tmp_path, monkeypatch):
+  original = generate.generate
+
+  def interrupted(*args, **kwargs):
+    signal.raise_signal(signal.SIGTERM)
+    return original(*args, **kwargs)
+
+  monkeypatch.setattr(generate, 'generate', interrupted)
+  given = make(num_steps=6, sample_every_steps=3, sample_tokens=2)
+  with pytest.raises(errors.Stopped, match='SIGTERM: step [34] is saved') as caught:
+    trainer.train(given, tmp_path / 'stopped')
+  assert caught.value.exit_code == 143
+  monkeypatch.setattr(generate, 'generate', original)
+  assert steps(tmp_path / 'stopped')[-1] in (3, 4)
+  trainer.train(given, tmp_path / 'stopped')
+  trainer.train(given, tmp_path / 'whole')
+  assert_same_end(tmp_path / 'stopped', tmp_path / 'whole', 6)
+
+
+def test_a_file_as_workdir_and_too_little_text(make, tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(errors.UserError, match='is a file'):
+    trainer.train(make(), tmp_path / 'file')
+  (tmp_path / 'short.txt').write_text('abc' * 20)
+  given = make()
+  given.data.path = str(tmp_path / 'short.txt')
+  with pytest.raises(errors.UserError, match=r'the split has \d+ tokens'):
+    trainer.train(given, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()

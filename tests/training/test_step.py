@@ -1,0 +1,274 @@
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from textgen_jax import trees
+from textgen_jax.data import windows
+from textgen_jax.models import attention, transformer
+from textgen_jax.training import losses, optimizer, step
+
+no_rate = optax.constant_schedule(0.0)
+
+
+@functools.cache
+def plain_step(model, tx, accumulation_steps):
+  return jax.jit(step.make_train_step(model, tx, no_rate, accumulation_steps))
+
+
+def random_carry(model, rows, seed=0):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), model.init_cache(rows, 0))
+
+
+def assert_trees_equal(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for (name, x), (_, y) in zip(trees.named_leaves(a), trees.named_leaves(b), strict=True):
+    np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+def assert_trees_close(a, b, rtol):
+  """Each leaf's difference is below `rtol` of the leaf's norm."""
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for (name, x), (_, y) in zip(trees.named_leaves(a), trees.named_leaves(b), strict=True):
+    difference = np.linalg.norm(np.asarray(x, np.float64) - np.asarray(y, np.float64))
+    assert difference <= rtol * np.linalg.norm(y), f'{name}: {difference / np.linalg.norm(y)}'
+
+
+def weighing_hook(inputs):
+  """A metric whose weight differs between micro-batches."""
+  correct_BT = (inputs.unembed(inputs.hidden_BTD).argmax(-1) == inputs.batch.targets_BT) * inputs.batch.weights_BT
+  return 0.1 * (jnp.square(inputs.hidden_BTD).sum(-1) * inputs.batch.weights_BT).sum(), {
+    'accuracy': (correct_BT.sum(), inputs.batch.weights_BT.sum())
+  }
+
+
+def test_accumulation_equals_the_large_batch(model, make_params, make_batch, make_state, recorder):
+  rows = 8
+  batch = make_batch(rows, starts=model.carries)
+  batch.weights_BT[::4] *= 0.01  # so that micro-batches differ in how much they weigh
+  old = make_state(make_params(model), recorder, random_carry(model, rows) if model.carries else None)
+  whole, whole_sums = jax.jit(step.make_train_step(model, recorder, no_rate, 1, weighing_hook))(old, batch)
+  assert set(whole_sums) == {'loss', 'accuracy', 'grad_norm', 'learning_rate', 'skipped_steps'}
+  np.testing.assert_allclose(whole_sums['loss'][1], batch.weights_BT.sum())
+  for accumulation_steps in (2, 4):
+    parts, parts_sums = jax.jit(step.make_train_step(model, recorder, no_rate, accumulation_steps, weighing_hook))(old, batch)
+    assert_trees_close(parts.opt_state, whole.opt_state, 1e-6)
+    assert_trees_close(parts.carry, whole.carry, 1e-6)
+    for name, sums in whole_sums.items():
+      np.testing.assert_allclose(parts_sums[name], sums, rtol=1e-6, err_msg=name)
+
+
+def test_the_gradient_is_that_of_the_weighted_mean(model, make_params, make_batch, make_state, recorder):
+  batch, params = make_batch(4), make_params(model)
+  old = make_state(params, recorder)
+  new, sums = plain_step(model, recorder, 2)(old, batch)
+
+  def mean(params):
+    logits_BTV = model.apply({'params': params}, model.apply({'params': params}, batch.tokens_BT)[0], method='unembed')
+    log_p_BTV = jax.nn.log_softmax(logits_BTV[..., : model.vocab_size])
+    targets_BTV = jax.nn.one_hot(batch.targets_BT, model.vocab_size)
+    return -(log_p_BTV * targets_BTV * batch.weights_BT[..., None]).sum() / batch.weights_BT.sum()
+
+  loss, expected = jax.jit(jax.value_and_grad(mean))(params)
+  assert_trees_close(new.opt_state, expected, 1e-5)
+  np.testing.assert_allclose(sums['loss'][0] / sums['loss'][1], loss, rtol=1e-6)
+  np.testing.assert_allclose(sums['grad_norm'][0], optax.tree.norm(expected), rtol=1e-5)
+
+
+BAD = 7
+
+
+def constant_nan(inputs):
+  return jnp.where((inputs.batch.tokens_BT == BAD).any(), jnp.nan, 0.0), {}
+
+
+def infinite_gradient(inputs):
+  weight = jnp.where((inputs.batch.tokens_BT == BAD).any(), jnp.inf, 0.0)
+  return weight * jnp.square(inputs.hidden_BTD).sum(), {}
+
+
+def gradient_alone(inputs):
+  """A finite term, whose gradient isn't: the root's at 0."""
+  bad = (inputs.batch.tokens_BT == BAD).any()
+  return jnp.sqrt(jnp.where(bad, 0.0, 1.0) * jnp.abs(inputs.hidden_BTD.sum())), {}
+
+
+@pytest.mark.parametrize(
+  ('hook', 'accumulation_steps'), [(constant_nan, 1), (constant_nan, 2), (infinite_gradient, 2), (gradient_alone, 1)]
+)
+def test_a_step_that_is_not_finite_changes_nothing_but_the_step(
+  hook, accumulation_steps, make_model, make_params, make_batch, make_state
+):
+  model = make_model('lstm')
+  config = optimizer.OptimizerConfig(peak_lr=0.1, warmup_steps=8, schedule_steps=20)
+  tx, schedule = optimizer.build(config), optimizer.make_schedule(config)
+  train_step = jax.jit(step.make_train_step(model, tx, schedule, accumulation_steps, hook))
+  clean = [batch._replace(tokens_BT=np.where(batch.tokens_BT == BAD, 0, batch.tokens_BT)) for batch in map(make_batch, (4, 4, 4))]
+  bad = clean[1]._replace(tokens_BT=clean[1].tokens_BT.copy())
+  bad.tokens_BT[1, 2] = BAD
+  before, _ = train_step(make_state(make_params(model), tx, random_carry(model, 4)), clean[0])
+  after, sums = train_step(before, bad)
+  for field in ('params', 'opt_state', 'carry', 'updates', 'root_key'):
+    assert_trees_equal(getattr(after, field), getattr(before, field))
+  assert (before.step, after.step) == (1, 2)
+  assert sums['skipped_steps'][0] == 1
+  # It goes on: the next update is the second of the warm-up, with finite numbers everywhere.
+  last, sums = train_step(after, clean[2])
+  assert (last.step, last.updates, sums['skipped_steps'][0]) == (3, 2, 1)
+  np.testing.assert_allclose(sums['learning_rate'][0], 0.1 * 2 / 8, rtol=1e-6)
+  assert all(np.isfinite(leaf).all() for _, leaf in trees.named_leaves(last))
+  assert all((x != y).any() for (_, x), (_, y) in zip(*map(trees.named_leaves, (last.params, after.params)), strict=True))
+
+
+def test_a_batch_without_weight_is_no_division_by_zero(model, make_params, make_batch, make_state, recorder):
+  batch = make_batch(4)
+  batch.weights_BT[:] = 0
+  old = make_state(make_params(model), recorder)
+  new, _ = plain_step(model, recorder, 1)(old, batch)
+  assert_trees_equal(new.params, old.params)
+  assert new.updates == 1
+
+
+def test_a_hook_adds_a_hand_worked_gradient(model, make_params, make_batch, make_state, recorder):
+  # d/dE of sum(E**2) is 2 E, and all gradients are divided by the batch's weight.
+  def hook(inputs):
+    squares = jnp.square(inputs.params['embed']['embedding']).sum()
+    return squares, {'squares': (squares, jnp.ones(()))}
+
+  batch, old = make_batch(4), make_state(make_params(model), recorder)
+  plain, plain_sums = plain_step(model, recorder, 1)(old, batch)
+  hooked, sums = jax.jit(step.make_train_step(model, recorder, no_rate, 1, hook))(old, batch)
+  table = np.asarray(old.params['embed']['embedding'])
+  difference = jax.tree.map(jnp.subtract, hooked.opt_state, plain.opt_state)
+  np.testing.assert_allclose(difference['embed']['embedding'], 2 * table / batch.weights_BT.sum(), rtol=1e-4, atol=1e-6)
+  others = [np.abs(x).max() for name, x in trees.named_leaves(difference) if name != 'embed/embedding']
+  assert max(others) < 1e-6
+  np.testing.assert_allclose(sums['squares'], [(table**2).sum(), 1.0], rtol=1e-6)
+  np.testing.assert_allclose(sums['loss'], plain_sums['loss'], rtol=1e-6)  # the hook's term stays out of the loss
+
+
+def test_a_z_loss_through_the_hook(model, make_params, make_batch, make_state, recorder):
+  def hook(inputs):
+    z_BT = jax.nn.logsumexp(inputs.unembed(inputs.hidden_BTD), axis=-1)
+    z_loss = (jnp.square(z_BT) * inputs.batch.weights_BT).sum()
+    return 0.5 * z_loss, {'z_loss': (z_loss, inputs.batch.weights_BT.sum())}
+
+  batch, params = make_batch(4), make_params(model)
+  old = make_state(params, recorder)
+  plain, _ = plain_step(model, recorder, 2)(old, batch)
+  hooked, sums = jax.jit(step.make_train_step(model, recorder, no_rate, 2, hook))(old, batch)
+  hidden_BTD, logits_BTV = forward(model, params, batch.tokens_BT)
+  # d/dW of 0.5 z**2 is the outer product of hidden and z * softmax(logits).
+  z_BT1 = np.log(np.exp(logits_BTV).sum(-1, keepdims=True))
+  pull_BTV = z_BT1 * np.exp(logits_BTV - z_BT1) * batch.weights_BT[..., None] / batch.weights_BT.sum()
+  expected_DV = np.einsum('BTD,BTV->DV', hidden_BTD, pull_BTV)
+  found_DV = np.asarray(hooked.opt_state['unembedding']['kernel'] - plain.opt_state['unembedding']['kernel'])
+  np.testing.assert_allclose(found_DV[:, : model.vocab_size], expected_DV, rtol=1e-4, atol=1e-6)
+  np.testing.assert_array_equal(found_DV[:, model.vocab_size :], 0)
+  np.testing.assert_allclose(sums['z_loss'][0], (z_BT1[..., 0] ** 2 * batch.weights_BT).sum(), rtol=1e-5)
+
+
+def forward(model, params, tokens_BT):
+  """Hidden and logits (without padding) in float64."""
+  hidden_BTD, _ = jax.jit(model.apply)({'params': params}, tokens_BT)
+  logits_BTV = jax.jit(functools.partial(model.apply, method='unembed'))({'params': params}, hidden_BTD)
+  return np.asarray(hidden_BTD, np.float64), np.asarray(logits_BTV, np.float64)[..., : model.vocab_size]
+
+
+class EntropyAttention(attention.Attention):
+  """Sows how widely each query looks."""
+
+  def collect(self, p_BHTS, v_BSGK, deterministic):
+    self.sow('intermediates', 'entropy_BHT', -jax.scipy.special.xlogy(p_BHTS, p_BHTS).sum(-1))
+    return super().collect(p_BHTS, v_BSGK, deterministic)
+
+
+def test_what_a_module_sows_reaches_the_hook(make_params, make_batch, make_state, recorder):
+  config = transformer.TransformerConfig(dim=16, num_layers=2, num_heads=2, remat=True)
+  model = transformer.Transformer(config, 11, 6, EntropyAttention)
+  seen: dict[str, Any] = {}
+
+  def hook(inputs):
+    entropies = {name: x for name, x in trees.named_leaves(inputs.sown) if 'entropy' in name}
+    seen.update({name: x.shape for name, x in entropies.items()})
+    total = sum(x.sum() for x in entropies.values())
+    return total, {'entropy': (total, jnp.asarray(float(sum(x.size for x in entropies.values()))))}
+
+  batch, params = make_batch(4), make_params(model)
+  old = make_state(params, recorder)
+  plain, _ = plain_step(model, recorder, 2)(old, batch)
+  hooked, sums = jax.jit(step.make_train_step(model, recorder, no_rate, 2, hook))(old, batch)
+  assert set(seen.values()) == {(2, 2, 6)}  # of a micro-batch
+  assert sorted(name.split('/')[0] for name in seen) == ['block_0', 'block_1']
+  _, sown = jax.jit(functools.partial(model.apply, mutable=['intermediates']))({'params': params}, batch.tokens_BT)
+  expected = sum(np.asarray(x).sum() for x in jax.tree.leaves(sown))
+  np.testing.assert_allclose(sums['entropy'], [expected, 4 * 2 * 6 * 2], rtol=1e-5)
+  query = ('block_0', 'attention', 'query', 'kernel')
+  changes = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), hooked.params, plain.params)
+  for key in query:
+    changes = changes[key]
+  assert changes > 1e-3  # the term has a gradient
+
+
+def test_the_hook_gets_a_key_of_its_own(make_model, make_params, make_batch, make_state, recorder):
+  def hook(inputs):
+    return jnp.zeros(()), {'draw': (jax.random.uniform(inputs.key), jnp.ones(()))}
+
+  model, batch = make_model('lstm'), make_batch(4)
+  once = jax.jit(step.make_train_step(model, recorder, no_rate, 1, hook))
+  twice = jax.jit(step.make_train_step(model, recorder, no_rate, 2, hook))
+  old = make_state(make_params(model), recorder)
+  draws = [float(once(dataclasses.replace(old, step=jnp.int32(n)), batch)[1]['draw'][0]) for n in (0, 1, 0)]
+  assert draws[0] == draws[2] != draws[1]
+  total, weight = twice(old, batch)[1]['draw']
+  assert weight == 2
+  assert float(total) != pytest.approx(2 * draws[0])  # another key for the second micro-batch
+
+
+def test_dropout_is_drawn_anew_each_step_and_again_for_the_same_one(make_batch, make_params, make_state, recorder):
+  model = transformer.Transformer(transformer.TransformerConfig(dim=16, num_layers=1, num_heads=2, dropout=0.5), 11, 6)
+  batch, old = make_batch(4), make_state(make_params(model), recorder)
+  train_step = plain_step(model, recorder, 1)
+  found = [float(train_step(dataclasses.replace(old, step=jnp.int32(n)), batch)[1]['loss'][0]) for n in (0, 1, 0)]
+  assert found[0] == found[2] != found[1]
+
+
+def test_the_rate_that_is_logged_is_the_one_that_is_applied(make_model, make_params, make_batch, make_state):
+  model, batch = make_model('lstm'), make_batch(3)
+  schedule = optax.linear_schedule(0.4, 0.0, 4)
+  tx = optax.sgd(schedule)
+  train_step = jax.jit(step.make_train_step(model, tx, schedule, 1))
+  state = make_state(make_params(model), tx)
+  for rate in (0.4, 0.3, 0.2, 0.1, 0.0):
+    new, sums = train_step(state, batch)
+    np.testing.assert_allclose(sums['learning_rate'][0], rate, atol=1e-7)
+    change = jax.tree.map(jnp.subtract, new.params, state.params)
+    np.testing.assert_allclose(optax.tree.norm(change), rate * sums['grad_norm'][0], rtol=1e-4, atol=1e-6)
+    state = new
+
+
+def test_streams_with_a_carry_are_one_long_text(make_model, make_params, make_state):
+  model, rows, length = make_model('lstm'), 3, 5
+  data = windows.ContiguousStreams(np.random.default_rng(0).integers(0, 11, 3 * 31), 0, rows, length)
+  assert data.steps_per_epoch == 5
+  still = optax.sgd(0.0)
+  train_step = jax.jit(step.make_train_step(model, still, no_rate, 1))
+  params = make_params(model)
+  state = make_state(params, still, model.init_cache(rows, 0))
+  batches = [data.batch(n) for n in range(10)]
+  found = []
+  for batch in batches:
+    state, sums = train_step(state, batch)
+    found.append(float(sums['loss'][0]))
+  for epoch in (batches[:5], batches[5:]):  # the second one starts from nothing again
+    tokens_BT, targets_BT = (np.concatenate([getattr(batch, name) for batch in epoch], axis=1) for name in ('tokens_BT', 'targets_BT'))
+    _, logits_BTV = forward(model, params, tokens_BT)
+    expected = np.asarray(losses.nll(jnp.asarray(logits_BTV), targets_BT)).reshape(rows, 5, length).sum(axis=(0, 2))
+    np.testing.assert_allclose(found[:5], expected, rtol=1e-5)
+    del found[:5]
