@@ -45,6 +45,7 @@ def refuse_training(capsys, tmp_path, text_file, flags, *parts):
     ('--config.modle.dim=8', ['modle', 'did you mean model?']),
     ('--config.optimizer.peak_rl=1', ['did you mean optimizer.peak_lr?']),
     ('--config.model=8', ['model is a group of fields', 'model.dim']),
+    ('--config.sharding.rules={}', ['sharding.rules', 'config file']),
     ('--config.seed.x=8', ['seed', 'no fields']),
     ('--config.training.num_steps=many', ['training.num_steps', 'many']),
     ('--config.model.dropout=high', ['model.dropout', 'high']),

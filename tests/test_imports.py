@@ -20,7 +20,8 @@ ORDER = [
   {'sharding'},
   {'training', 'sampling'},
   {'experiment'},
-  {'workdir', 'command_line', 'compilation'},
+  {'workdir', 'command_line', 'compilation', 'signals'},
+  {'assembly'},
   {'trainer'},
   {'tools'},
 ]

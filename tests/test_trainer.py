@@ -234,23 +234,19 @@ def test_a_prefix_is_scored_on_the_way_and_the_whole_at_the_end(make, tmp_path, 
   found = [(line['step'], line['val/tokens']) for line in lines(tmp_path) if 'val/tokens' in line]
   assert found == [(2, 39), (4, 39), (6, 39), (6, whole)]
   told = [line for line in capfd.readouterr().err.splitlines() if 'val loss' in line]
-  assert ['first 40 tokens of val' in line for line in told] == [True, True, True, False]
-  assert 'whole val split' in told[-1]
+  assert ['whole' in line for line in told] == [False, False, False, True]
 
 
 def test_the_best_and_the_latest_are_kept(make, tmp_path):
-  # So high a rate that the loss soon rises: the best comes early.
-  trainer.train(make('lstm', rate=2.0, num_steps=12, eval_every_steps=1), tmp_path)
-  losses = column(tmp_path, 'val/loss')
-  best = min(losses, key=losses.get)
-  assert best < 12
-  assert steps(tmp_path) == [best, 12]
-  assert workdir.load(tmp_path).step == best
-  assert workdir.load(tmp_path, 'latest').step == 12
-  # What was best before a restart is remembered.
-  trainer.train(make('lstm', rate=2.0, num_steps=14, eval_every_steps=1, schedule_steps=12), tmp_path)
-  losses = column(tmp_path, 'val/loss')
-  assert steps(tmp_path) == sorted({min(losses, key=losses.get), 14})
+  # At so high a rate the loss soon rises.
+  for num_steps in (4, 6):  # what was best before a restart is remembered
+    trainer.train(make('lstm', rate=2.0, num_steps=num_steps, eval_every_steps=1, schedule_steps=1000), tmp_path)
+    losses = column(tmp_path, 'val/loss')
+    best = min(losses, key=losses.get)
+    assert best < num_steps
+    assert steps(tmp_path) == [best, num_steps]
+    assert workdir.load(tmp_path).step == best
+    assert workdir.load(tmp_path, 'latest').step == num_steps
 
 
 @pytest.mark.parametrize(('log_every_steps', 'raised_by'), [(1, 10), (4, 12), (100, 30)])
@@ -267,7 +263,6 @@ def test_training_that_never_updates_has_diverged(log_every_steps, raised_by, ma
 
 def test_a_few_bad_steps_are_skipped_told_and_gone_past(make, tmp_path, capfd):
   def hook(inputs):
-    # The second batch of each epoch, told by its first token's place: any batch-dependent sign will do.
     bad = (inputs.batch.tokens_BT.sum() % 3) == 0
     return jnp.where(bad, jnp.nan, 0.0), {}
 
@@ -307,7 +302,7 @@ def test_a_signal_during_a_sample_still_saves(make, tmp_path, monkeypatch):
 
   monkeypatch.setattr(generate, 'generate', interrupted)
   given = make(num_steps=6, sample_every_steps=3, sample_tokens=2)
-  with pytest.raises(errors.Stopped, match='SIGTERM: step [34] is saved') as caught:
+  with pytest.raises(errors.Stopped, match=r'SIGTERM: step [34] is saved') as caught:
     trainer.train(given, tmp_path / 'stopped')
   assert caught.value.exit_code == 143
   monkeypatch.setattr(generate, 'generate', original)

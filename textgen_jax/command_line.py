@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import difflib
+import inspect
 import pathlib
+import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -112,17 +114,21 @@ def _check_override(config: Any, override: str) -> None:
         raise errors.UserError(f'there is no field {path}: {prefix.rstrip(".")} has no fields')
       raise errors.UserError(experiment_lib.unknown_field(prefix + name, prefix, name, names))
     prefix, config = f'{prefix}{name}.', getattr(config, name)
+  if isinstance(config, dict):
+    raise errors.UserError(f'{path} is a table, which a config file can set and a flag cannot')
   if dataclasses.is_dataclass(config):
     members = ', '.join(prefix + field.name for field in dataclasses.fields(config))
     raise errors.UserError(f'{path} is a group of fields: set one of {members}')
 
 
 def config_help(config: experiment_lib.Experiment) -> str:
-  """The whole tree, a line a field: how to set it, its value, its type."""
+  """The whole tree, a line a field: how to set it, its value, its type and what it means."""
   lines = []
 
   def walk(node: Any, prefix: str) -> None:
     hints = typing.get_type_hints(type(node))
+    # A field is explained in one place, the comment beside it.
+    comments = dict(re.findall(r'^  (\w+): .*?  # (.*)$', inspect.getsource(type(node)), re.MULTILINE))
     for field in dataclasses.fields(node):
       value = getattr(node, field.name)
       if dataclasses.is_dataclass(value):
@@ -130,7 +136,8 @@ def config_help(config: experiment_lib.Experiment) -> str:
         lines.append(f'\n{prefix}{field.name}{kind}')
         walk(value, f'{prefix}{field.name}.')
       else:
-        lines.append(f'  --config.{prefix}{field.name}={value!r}  ({experiment_lib.type_name(hints[field.name])})')
+        meaning = f': {comments[field.name]}' if field.name in comments else ''
+        lines.append(f'  --config.{prefix}{field.name}={value!r} ({experiment_lib.type_name(hints[field.name])}){meaning}')
 
   walk(config, '')
   return '\n'.join(lines)

@@ -11,7 +11,7 @@ from typing import Any
 from textgen_jax import errors
 from textgen_jax import sharding as sharding_lib
 from textgen_jax.data import corpora
-from textgen_jax.models import build, transformer
+from textgen_jax.models import build
 from textgen_jax.text import base as text_base
 from textgen_jax.text import build as text_build
 from textgen_jax.training import optimizer as optimizer_lib
@@ -45,7 +45,7 @@ class Experiment:
   init_from: str = ''  # a workdir whose best params to start from, with a fresh optimizer
   data: corpora.DataConfig = dataclasses.field(default_factory=corpora.DataConfig)
   tokenizer: text_base.TokenizerConfig = dataclasses.field(default_factory=text_base.TokenizerConfig)
-  model: build.ModelConfig = dataclasses.field(default_factory=transformer.TransformerConfig)
+  model: build.ModelConfig = dataclasses.field(default_factory=build.DEFAULT)
   optimizer: optimizer_lib.OptimizerConfig = dataclasses.field(default_factory=optimizer_lib.OptimizerConfig)
   sharding: sharding_lib.ShardingConfig = dataclasses.field(default_factory=sharding_lib.ShardingConfig)
   training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
@@ -72,7 +72,7 @@ def check(experiment: Experiment) -> None:
   optimizer_lib.check(experiment.optimizer)
   sharding_lib.check(experiment.sharding)
   _check_training(experiment.training)
-  if experiment.training.windows == 'contiguous' and isinstance(experiment.model, transformer.TransformerConfig):
+  if experiment.training.windows == 'contiguous' and not build.carries(experiment.model):
     raise errors.UserError("training.windows='contiguous' carries a recurrent state between batches, and a Transformer has none")
 
 

@@ -105,12 +105,19 @@ def param_shardings(abstract_boxed_params: Any, config: ShardingConfig, mesh: Me
     mesh: the mesh.
 
   Raises:
-    UserError: a parameter's axis isn't divisible by the mesh axes that it is split over.
+    UserError: a parameter's axis isn't divisible by the mesh axes that it is split over, or has no rule.
   """
   rules = [(name, tuple(mesh_axes) or None) for name, mesh_axes in config.rules.items()]
   specs = nn.get_partition_spec(abstract_boxed_params)
-  shardings = nn.logical_to_mesh_sharding(specs, mesh, rules)
   leaves = trees.named_leaves(nn.unbox(abstract_boxed_params))
+  # Flax would leave an axis whole that it finds no rule for, without a word.
+  missed = [
+    f'{name} ({axis})' for (name, _), spec in zip(leaves, jax.tree.leaves(specs), strict=True) for axis in spec
+    if axis is not None and axis not in config.rules
+  ]
+  if missed:
+    raise errors.UserError(f'sharding.rules has no rule for these axes of parameters: {", ".join(missed)}')
+  shardings = nn.logical_to_mesh_sharding(specs, mesh, rules)
   for (name, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
     for size, split in zip(leaf.shape, sharding.spec, strict=False):
       parts = math.prod(mesh.shape[axis] for axis in ([split] if isinstance(split, str) else split or ()))

@@ -9,12 +9,14 @@ def rotate(x, position, theta=10_000.0):
 
 
 def test_angles_by_hand():
-  x_BTHK = np.broadcast_to([1.0, 1.0, 0.0, 0.0], (2, 3, 1, 4))
+  x_BTHK = np.broadcast_to([1.0, 2.0, 3.0, 4.0], (2, 3, 1, 4))
   position_BT = np.array([[0, 1, 2], [5, 6, 100]])
   actual = rotate(x_BTHK, position_BT)
   # Pairs (0, 2) and (1, 3), with frequencies 1 and 1 / sqrt(10,000).
   fast, slow = position_BT * 1.0, position_BT * 0.01
-  np.testing.assert_allclose(actual[:, :, 0], np.stack([np.cos(fast), np.cos(slow), np.sin(fast), np.sin(slow)], -1), atol=1e-5)
+  turned = (1 + 3j) * np.exp(1j * fast), (2 + 4j) * np.exp(1j * slow)
+  expected = np.stack([turned[0].real, turned[1].real, turned[0].imag, turned[1].imag], axis=-1)
+  np.testing.assert_allclose(actual[:, :, 0], expected, atol=3e-5)
 
 
 def test_scores_depend_on_the_distance_alone():

@@ -21,7 +21,7 @@ FORMAT = 1  # counts changes to what any corpus reads as
 
 @dataclasses.dataclass(kw_only=True)
 class DataConfig:
-  corpus: str = 'shakespeare'  # one of CORPORA
+  corpus: str = 'shakespeare'  # shakespeare | tiny_shakespeare | python_stdlib
   path: str = ''               # own text, wins over corpus: a file, several after commas, a glob, or a directory
   val_fraction: float = 0.1    # in (0, 1); of own text's characters: the last part of one file, the last whole files of several
 

@@ -9,7 +9,8 @@ A model is a linen module with these methods:
   cache = model.grow_cache(cache, length)
 
 `tokens_BT` are ids, `valid_BT` is False where a token is padding and must leave no
-trace, `starts_BT` is True at a document's first token: nothing before it is seen.
+trace (its id must still be one of the vocabulary), `starts_BT` is True at a document's
+first token: nothing before it is seen.
 `deterministic=False` turns dropout on and needs `rngs={'dropout': key}`. Without a
 cache the call starts from nothing and returns None in its place; with one it goes on
 where the cache stands. A cache is a pytree whose every leaf leads with B.
@@ -19,6 +20,8 @@ Two attributes tell a caller what happens past the trained context:
 `context_length` (tokens), and `slides`: True where the caller must read the last part
 of the context anew to go on (learned positions), False where the model just goes on.
 `window` is how many tokens of cache can ever matter (None: the cache has no length).
+Once its ring has come round, a cache of window + chunk - 1 slots holds the window only
+if no invalid token came after a row's first valid one, for each takes a slot.
 """
 
 from collections.abc import Callable

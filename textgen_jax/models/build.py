@@ -16,6 +16,8 @@ ModelConfig = transformer.TransformerConfig | lstm.LSTMConfig
 # What a stored config calls each family.
 CONFIGS: dict[str, type] = {'transformer': transformer.TransformerConfig, 'lstm': lstm.LSTMConfig}
 
+DEFAULT = transformer.TransformerConfig
+
 # Attention variants for `model.attention`: a subclass of `attention.Attention` each.
 ATTENTIONS = {
   'softmax': 'textgen_jax.models.attention.Attention',
@@ -42,6 +44,11 @@ def build(config: ModelConfig, vocab_size: int, context_length: int, constrain: 
   module, name = ATTENTIONS[config.attention].rsplit('.', 1)
   attention_class = getattr(importlib.import_module(module), name)
   return transformer.Transformer(config, vocab_size, context_length, attention_class, constrain)
+
+
+def carries(config: ModelConfig) -> bool:
+  """Whether the model's state can be carried from batch to batch."""
+  return isinstance(config, lstm.LSTMConfig)
 
 
 def check(config: ModelConfig) -> None:

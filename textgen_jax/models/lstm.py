@@ -63,14 +63,13 @@ class LSTMLayer(nn.Module):
       x_gates, valid_B, starts_B = inputs
       hidden_BD, cell_BD = carry
       if starts_B is not None:
-        fresh_B = starts_B if valid_B is None else starts_B & valid_B
-        hidden_BD, cell_BD = (jnp.where(fresh_B[:, None], 0, s) for s in (hidden_BD, cell_BD))
+        hidden_BD, cell_BD = (jnp.where(starts_B[:, None], 0, s) for s in (hidden_BD, cell_BD))
       seen_BD = hidden_BD if keep_BD is None else hidden_BD * keep_BD
       all_gates = (x_gates + seen_BD.astype(self.dtype) @ kernel).astype(jnp.float32)
       i, f, g, o = jnp.split(all_gates, 4, axis=-1)
       new_cell_BD = nn.sigmoid(f + c.forget_bias) * cell_BD + nn.sigmoid(i) * jnp.tanh(g)
       new_hidden_BD = nn.sigmoid(o) * jnp.tanh(new_cell_BD)
-      if valid_B is not None:
+      if valid_B is not None:  # an invalid token's start goes with it
         new_cell_BD = jnp.where(valid_B[:, None], new_cell_BD, carry[1])
         new_hidden_BD = jnp.where(valid_B[:, None], new_hidden_BD, carry[0])
       return (new_hidden_BD, new_cell_BD), new_hidden_BD.astype(self.dtype)

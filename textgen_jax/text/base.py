@@ -18,7 +18,7 @@ MAX_FILE_BYTES = 64 << 20  # every Unicode character, escaped, takes 13 MiB
 
 @dataclasses.dataclass(kw_only=True)
 class TokenizerConfig:
-  kind: str = 'char'        # one of text.build.KINDS
+  kind: str = 'char'        # char | byte
   unknown_symbol: str = ''  # char only: stands for every character not in the training split; empty: such a one is an error
 
 

@@ -1,0 +1,119 @@
+"""train.py, sample.py and tools.evaluate as scripts use them."""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import conftest
+import pytest
+
+import sample
+import train
+from textgen_jax.tools import evaluate
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run_sample(capsys, workdir, *flags):
+  capsys.readouterr()
+  assert sample.main(['sample.py', f'--workdir={workdir}', *flags]) == 0
+  return capsys.readouterr().out
+
+
+def test_help_lists_the_fields_and_exits_0(capsys):
+  assert train.main(['train.py', '--help', f'--config={conftest.CONFIGS}/debug.py']) == 0
+  out = capsys.readouterr().out
+  assert '--config.model.dim=32 (int)' in out
+  assert "--config.data.corpus='python_stdlib' (str)" in out
+  assert '--config.optimizer.clip_norm=1.0 (float): global norm' in out
+  for main in (train.main, sample.main, evaluate.main):
+    assert main(['x.py', '--help']) == 0
+    assert '--' in capsys.readouterr().out
+
+
+def test_workdir_holds_what_design_names(trained):
+  names = {path.name for path in trained.iterdir()}
+  assert {'config.json', 'tokenizer', 'checkpoints', 'metrics.jsonl'} <= names
+  assert any(name.startswith('events.out.tfevents') for name in names)
+  records = [json.loads(line) for line in (trained / 'metrics.jsonl').read_text().splitlines()]
+  train_keys = {'step', 'train/loss', 'train/grad_norm', 'train/learning_rate', 'train/tokens_per_s'}
+  assert any(train_keys <= set(record) for record in records)
+  assert any({'step', 'val/loss', 'val/bits_per_byte', 'val/perplexity'} <= set(record) for record in records)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(capsys, trained, text_file):
+  before = {path: path.read_bytes() for path in (trained / 'checkpoints').rglob('*') if path.is_file()}
+  assert train.main(conftest.train_argv(trained, text_file)) == 0
+  assert 'has trained 6 steps already' in capsys.readouterr().err
+  assert before == {path: path.read_bytes() for path in (trained / 'checkpoints').rglob('*') if path.is_file()}
+
+
+def test_text_is_the_prompt_and_what_follows(capsys, trained):
+  out = run_sample(capsys, trained, '--prompt=the king', '--prompt=a', '--num_samples=2', '--max_new_tokens=20')
+  texts = out.removesuffix('\n').split('\n---\n')
+  assert len(texts) == 4
+  for text, prompt in zip(texts, ['the king'] * 2 + ['a'] * 2, strict=True):
+    assert text.startswith(prompt)
+    assert len(text) == len(prompt) + 20
+  assert texts[0] != texts[1]
+  assert out == run_sample(capsys, trained, '--prompt=the king', '--prompt=a', '--num_samples=2', '--max_new_tokens=20')
+
+
+def test_jsonl_rows(capsys, trained, tmp_path):
+  (tmp_path / 'prompts.jsonl').write_text('{"prompt": "the"}\n{"prompt": ""}\n')
+  flags = [f'--prompts_file={tmp_path}/prompts.jsonl', '--max_new_tokens=12', '--seed=7', '--format=jsonl']
+  rows = [json.loads(line) for line in run_sample(capsys, trained, *flags).splitlines()]
+  assert [set(row) for row in rows] == [{'prompt', 'text', 'tokens', 'sample_index', 'seed', 'finish_reason'}] * 2
+  assert [(row['prompt'], row['seed'], row['finish_reason']) for row in rows] == [('the', 7, 'length'), ('', 7, 'length')]
+  assert all(len(row['tokens']) == len(row['text']) == 12 for row in rows)
+  run_sample(capsys, trained, *flags, f'--output={tmp_path}/out.jsonl')
+  assert [json.loads(line) for line in (tmp_path / 'out.jsonl').read_text().splitlines()] == rows
+
+
+def test_lines_of_a_text_file_are_prompts(capsys, trained, tmp_path):
+  (tmp_path / 'prompts.txt').write_text('the king\nsea\n')
+  out = run_sample(capsys, trained, f'--prompts_file={tmp_path}/prompts.txt', '--max_new_tokens=0')
+  assert out == 'the king\n---\nsea\n'
+
+
+def test_stream_writes_what_text_writes(capsys, trained):
+  flags = ['--prompt=the', '--max_new_tokens=70', '--temperature=0.7']
+  assert run_sample(capsys, trained, *flags, '--stream') == run_sample(capsys, trained, *flags)
+
+
+def test_checkpoints_by_name_and_step(capsys, trained):
+  latest = run_sample(capsys, trained, '--checkpoint=latest', '--max_new_tokens=10')
+  assert latest == run_sample(capsys, trained, '--checkpoint=6', '--max_new_tokens=10')
+
+
+def test_evaluate_writes_one_json_line_that_agrees_with_training(capsys, trained, text_file, tmp_path):
+  capsys.readouterr()
+  assert evaluate.main(['evaluate', f'--workdir={trained}', '--checkpoint=latest']) == 0
+  row = json.loads(capsys.readouterr().out)
+  final = json.loads((trained / 'metrics.jsonl').read_text().splitlines()[-1])
+  assert row['loss_nats'] == pytest.approx(final['val/loss'], rel=1e-6)
+  assert row['perplexity'] == pytest.approx(math.exp(row['loss_nats']))
+  assert row['bits_per_byte'] == pytest.approx(row['loss_nats'] / math.log(2) * row['tokens'] / row['bytes'])
+  # The val split is the last tenth of the file: scored as a file of its own it is the same text.
+  text = text_file.read_text()
+  (tmp_path / 'tail.txt').write_text(text[len(text) - row['tokens'] - 1 :])
+  assert evaluate.main(['evaluate', f'--workdir={trained}', '--checkpoint=latest', f'--data={tmp_path}/tail.txt']) == 0
+  assert json.loads(capsys.readouterr().out)['loss_nats'] == pytest.approx(row['loss_nats'], rel=1e-6)
+
+
+@pytest.mark.parametrize('flags', [['--split=tset'], ['--data=/nowhere'], ['--checkpoint=7']])
+def test_evaluate_refuses(capsys, trained, flags):
+  capsys.readouterr()
+  assert evaluate.main(['evaluate', f'--workdir={trained}', *flags]) == 2
+  out, err = capsys.readouterr()
+  assert (out, len(err.splitlines())) == ('', 1)
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback(trained):
+  command = f'{sys.executable} sample.py --workdir={trained} --max_new_tokens=2000 --stream | head -c 5'
+  result = subprocess.run(command, shell=True, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
+  assert len(result.stdout) == 5
+  assert 'Traceback' not in result.stderr

@@ -1,0 +1,140 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from textgen_jax import axes, errors, sharding
+
+SCRIPT = pathlib.Path(__file__).parent / 'train_on_devices.py'
+
+
+@pytest.fixture(scope='module')
+def found(tmp_path_factory):
+  """What the script prints on 1, 2 and 4 devices, and the metrics of the run that they hand on."""
+  directory = tmp_path_factory.mktemp('devices')
+  text = directory / 'text.txt'
+  text.write_text('She sells sea shells by the sea shore. ' * 60)
+  environment = {**os.environ, 'TEXTGEN_JAX_CACHE': str(directory / 'cache'), 'JAX_PLATFORMS': 'cpu'}
+  results = {}
+  for num_devices in (1, 2, 4):
+    command = [sys.executable, str(SCRIPT), str(num_devices), str(text), str(directory / 'run')]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert process.returncode == 0, process.stderr[-3000:]
+    results[num_devices] = json.loads(process.stdout.splitlines()[-1])
+  results['run'] = [json.loads(line) for line in (directory / 'run' / 'metrics.jsonl').read_text().splitlines()]
+  return results
+
+
+MESHES = [(2, '2x1'), (2, '1x2'), (4, '4x1'), (4, '1x4'), (4, '2x2'), (2, 'tensor')]
+
+
+@pytest.mark.parametrize('kind', ['transformer', 'lstm'])
+@pytest.mark.parametrize(('num_devices', 'mesh'), MESHES)
+def test_every_mesh_trains_alike(kind, num_devices, mesh, found):
+  losses = found[1][f'{kind} 1x1']['losses']
+  assert losses[-1] < 0.95 * losses[0]  # there is something to get wrong
+  np.testing.assert_allclose(found[num_devices][f'{kind} {mesh}']['losses'], losses, rtol=1e-5)
+
+
+def test_accumulation_on_a_mesh(found):
+  np.testing.assert_allclose(found[2]['transformer 2x1 accumulated']['losses'], found[1]['transformer 1x1']['losses'], rtol=1e-5)
+
+
+def test_a_run_goes_on_with_another_number_of_devices(found):
+  losses = {line['step']: line['train/loss'] for line in found['run'] if 'train/loss' in line}
+  assert list(losses) == list(range(1, 21))  # 5 steps on one device, 5 more on two, 10 more on four
+  np.testing.assert_allclose(list(losses.values()), found[1]['lstm 1x1']['losses'], rtol=1e-5)
+
+
+def splits(places, prefix):
+  """Into how many parts each axis of the arrays under `prefix` is split, by name."""
+  return {name: [g // s for g, s in zip(*shapes, strict=True)] for name, shapes in places.items() if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize('kind', ['transformer', 'lstm'])
+@pytest.mark.parametrize(('num_devices', 'mesh', 'ways'), [(2, '1x2', 2), (4, '1x4', 4), (4, '2x2', 2)])
+def test_fsdp_splits_params_and_moments(kind, num_devices, mesh, ways, found):
+  places = found[num_devices][f'{kind} {mesh}']['places']
+  params = splits(places, 'params/')
+  matrices = {name: parts for name, parts in params.items() if name.endswith(('kernel', 'embedding'))}
+  assert {tuple(sorted(parts)) for parts in matrices.values()} == {(1, ways)}
+  for moment in ('mu', 'nu'):
+    of_moments = {name.split(f'/{moment}/')[1]: parts for name, parts in splits(places, 'opt_state/').items() if f'/{moment}/' in name}
+    assert {f'params/{name}': parts for name, parts in of_moments.items()} == params
+  if kind == 'lstm':  # rows of the carry lie over all devices
+    assert {tuple(parts) for parts in splits(places, 'carry/').values()} == {(num_devices, 1, 1)}
+
+
+@pytest.mark.parametrize('kind', ['transformer', 'lstm'])
+def test_data_copies_params_and_splits_rows(kind, found):
+  places = found[4][f'{kind} 4x1']['places']
+  assert {max(parts, default=1) for parts in (splits(places, 'params/') | splits(places, 'opt_state/')).values()} == {1}
+  assert {parts[0] for parts in splits(places, 'carry/').values()} == ({4} if kind == 'lstm' else set())
+
+
+def test_tensor_rules_split_what_they_name(found):
+  params = splits(found[2]['transformer tensor']['places'], 'params/')
+  assert params['params/embed/embedding'] == [2, 1]
+  assert params['params/block_0/mlp/up/kernel'] == [1, 2]
+  assert params['params/block_0/mlp/down/kernel'] == [2, 1]
+  assert params['params/block_0/attention/query/kernel'] == [1, 2]
+  assert splits(found[2]['lstm tensor']['places'], 'params/')['params/layer_0/recurrent_kernel'] == [1, 2]
+
+
+def test_what_does_not_fit_the_devices(found):
+  assert {found[1]['errors'][name] for name in ('batch', 'micro-batch', 'param')} == {None}
+  on_four = found[4]['errors']
+  assert on_four['batch'] == "training.batch_size=6 isn't divisible by the 4 devices that rows are split over"
+  assert on_four['micro-batch'].startswith("training.batch_size=8 / training.accumulation_steps=4 isn't divisible by the 4 devices")
+  assert on_four['param'].startswith('parameter embed/embedding has an axis of 18, which 4 devices along')
+  for num_devices in (1, 2, 4):
+    assert found[num_devices]['errors']['sizes'] == f'sharding.data=3 x sharding.fsdp=1 is not the number of devices, {num_devices}'
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'data': 0}, r'sharding\.data=0 is neither -1 nor at least 1'),
+    ({'fsdp': -2}, r'sharding\.fsdp=-2 is neither -1 nor at least 1'),
+    ({'data': -1, 'fsdp': -1}, 'only one of them'),
+    ({'rules': {}}, r"sharding\.rules\['batch'\] names '\(missing\)'"),
+    *[
+      ({'rules': {k: v for k, v in sharding.ShardingConfig().rules.items() if k != name}}, rf"sharding\.rules\['{name}'\]")
+      for name in axes.ALL
+    ],
+    ({'rules': sharding.ShardingConfig().rules | {'mlp': ['tensor']}}, r"rules\['mlp'\] names 'tensor'.*data, fsdp"),
+  ],
+)
+def test_check(changes, message):
+  with pytest.raises(errors.UserError, match=message):
+    sharding.check(sharding.ShardingConfig(**changes))
+
+
+def test_a_parameter_whose_axis_has_no_rule():
+  class Forked(nn.Module):
+    @nn.compact
+    def __call__(self):
+      self.param('gate', nn.with_logical_partitioning(nn.initializers.zeros, ('experts', 'embed')), (4, 2))
+      self.param('kernel', nn.with_logical_partitioning(nn.initializers.zeros, ('embed', 'mlp')), (4, 2))
+
+  boxed = jax.eval_shape(lambda: Forked().init(jax.random.PRNGKey(0)))['params']
+  config = sharding.ShardingConfig()
+  mesh = sharding.make_mesh(config)
+  with pytest.raises(errors.UserError, match=r'no rule for these axes of parameters: gate \(experts\)$'):
+    sharding.param_shardings(boxed, config, mesh)
+  config.rules['experts'] = []
+  assert set(sharding.param_shardings(boxed, config, mesh)) == {'gate', 'kernel'}
+
+
+def test_one_device_constrains_nothing():
+  config = sharding.ShardingConfig()
+  if jax.device_count() == 1:
+    x = jnp.ones(3)
+    assert sharding.make_constrain(config, sharding.make_mesh(config))(x, ('batch',)) is x

@@ -1,0 +1,98 @@
+"""Trains on fake CPU devices, as a process of its own: their number is fixed when JAX starts.
+
+  python tests/train_on_devices.py NUM_DEVICES TEXT WORKDIR
+
+Prints JSON: losses and places by mesh, and the errors of what doesn't fit.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import jax
+
+from textgen_jax import assembly, errors, sharding, trainer, trees
+from textgen_jax import experiment as experiment_lib
+from textgen_jax.data import corpora
+from textgen_jax.models import lstm, transformer
+from textgen_jax.text import base
+from textgen_jax.training import optimizer, step
+
+NUM_STEPS = 20
+# Tensor parallel: what lies between the residual stream's two ends is split, and the vocabulary.
+TENSOR_RULES = sharding.ShardingConfig().rules | {name: ['fsdp'] for name in ('vocab', 'heads', 'mlp', 'gates')} | {'embed': []}
+
+
+def make(kind, text, batch_size=8, dim=16, data=-1, fsdp=1, rules=None, accumulation_steps=1, num_steps=NUM_STEPS):
+  model = {
+    'transformer': transformer.TransformerConfig(dim=dim, num_layers=1, num_heads=2, vocab_multiple=4),
+    'lstm': lstm.LSTMConfig(dim=dim, num_layers=1, vocab_multiple=4),
+  }[kind]
+  places = sharding.ShardingConfig(data=data, fsdp=fsdp)
+  return experiment_lib.Experiment(
+    data=corpora.DataConfig(path=str(text)),
+    tokenizer=base.TokenizerConfig(kind='char'),
+    model=model,
+    optimizer=optimizer.OptimizerConfig(peak_lr=1e-2, warmup_steps=2, schedule_steps=NUM_STEPS),
+    sharding=places if rules is None else dataclasses.replace(places, rules=rules),
+    training=experiment_lib.TrainingConfig(
+      num_steps=num_steps,
+      batch_size=batch_size,
+      sequence_length=8,
+      accumulation_steps=accumulation_steps,
+      windows='contiguous' if kind == 'lstm' else 'random',
+      log_every_steps=1,
+      eval_every_steps=0,
+      sample_tokens=0,
+    ),
+  )
+
+
+def assemble(experiment):
+  return assembly.Parts(experiment, pathlib.Path('nowhere'), step.no_hook)
+
+
+def losses_and_places(experiment):
+  parts = assemble(experiment)
+  state, losses = parts.init(), []
+  for n in range(NUM_STEPS):
+    state, sums = parts.step(state, parts.batch(n))
+    losses.append(float(sums['loss'][0] / sums['loss'][1]))
+  places = {name: [leaf.shape, leaf.addressable_shards[0].data.shape] for name, leaf in trees.named_leaves(state)}
+  return {'losses': losses, 'places': places}
+
+
+def complaint(experiment):
+  try:
+    assemble(experiment)
+  except errors.UserError as error:
+    return str(error)
+  return None
+
+
+def main(num_devices, text, workdir):
+  jax.config.update('jax_num_cpu_devices', num_devices)
+  jax.config.update('jax_disable_most_optimizations', True)
+  meshes = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(4, 1), (1, 4), (2, 2)]}[num_devices]
+  found = {}
+  for kind in ('transformer', 'lstm'):
+    for data, fsdp in meshes:
+      found[f'{kind} {data}x{fsdp}'] = losses_and_places(make(kind, text, data=data, fsdp=fsdp))
+  if num_devices == 2:
+    found['transformer tensor'] = losses_and_places(make('transformer', text, data=1, fsdp=2, rules=TENSOR_RULES))
+    found['lstm tensor'] = losses_and_places(make('lstm', text, data=1, fsdp=2, rules=TENSOR_RULES))
+    found['transformer 2x1 accumulated'] = losses_and_places(make('transformer', text, data=2, accumulation_steps=2))
+  found['errors'] = {
+    'batch': complaint(make('lstm', text, batch_size=6)),
+    'micro-batch': complaint(make('lstm', text, batch_size=8, accumulation_steps=4)),
+    'param': complaint(make('lstm', text, dim=18, fsdp=num_devices)),
+    'sizes': complaint(make('lstm', text, data=3)),
+  }
+  # One run that goes on where a process with another number of devices left it.
+  trainer.train(make('lstm', text, fsdp=num_devices, num_steps=5 * num_devices), workdir)
+  print(json.dumps(found))
+
+
+if __name__ == '__main__':
+  main(int(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,100 @@
+"""An experiment's parts, checked and built: all that a run needs before it writes anything."""
+
+import copy
+import pathlib
+from typing import Any
+
+import jax
+
+from textgen_jax import errors, sharding, workdir
+from textgen_jax import experiment as experiment_lib
+from textgen_jax.data import prepare, windows
+from textgen_jax.models import build
+from textgen_jax.sampling import generate
+from textgen_jax.training import optimizer, state, step
+
+
+class Parts:
+  """What stays the same while a run trains.
+
+  Args:
+    experiment: what to train; it isn't changed.
+    directory: the workdir, which need not exist.
+    hook: adds terms to the loss.
+
+  Raises:
+    UserError: something doesn't fit: a value, the text, the devices, or what the workdir holds.
+  """
+
+  def __init__(self, experiment: experiment_lib.Experiment, directory: pathlib.Path, hook: step.LossHook):
+    experiment_lib.check(experiment)
+    if directory.exists() and not directory.is_dir():
+      raise errors.UserError(f'workdir={str(directory)!r} is a file')
+    stored = workdir.read_config(directory) if workdir.has_checkpoints(directory) else None
+    self.directory = directory
+    self.experiment, self.changes = reconcile(experiment, stored, directory)
+    e, c = self.experiment, self.experiment.training
+    self.mesh = sharding.make_mesh(e.sharding)
+    self.row_ways = sharding.batch_divisor(e.sharding, self.mesh)
+    if c.batch_size // c.accumulation_steps % self.row_ways:
+      parts = f' / training.accumulation_steps={c.accumulation_steps}' if c.accumulation_steps > 1 else ''
+      raise errors.UserError(
+        f"training.batch_size={c.batch_size}{parts} isn't divisible by the {self.row_ways} devices that rows are split over"
+      )
+    self._read_text()
+    vocab_size = self.tokenizer.vocab_size
+    self.model = build.build(e.model, vocab_size, c.sequence_length, sharding.make_constrain(e.sharding, self.mesh))
+    # Samples and scores come in batches that the devices may not divide: XLA spreads them as the params lie.
+    self.free_model = build.build(e.model, vocab_size, c.sequence_length)
+    tx = optimizer.build(e.optimizer)
+    carry_rows = c.batch_size if c.windows == 'contiguous' else 0
+    self.init, self.abstract, self.shardings = state.create(self.model, tx, e.seed, carry_rows, e.sharding, self.mesh)
+    self.step = jax.jit(
+      step.make_train_step(self.model, tx, optimizer.make_schedule(e.optimizer), c.accumulation_steps, hook),
+      donate_argnums=0,
+      out_shardings=(self.shardings, None),
+    )
+    self.batch_sharding = sharding.batch_sharding(e.sharding, self.mesh)
+
+  def _read_text(self) -> None:
+    e, c = self.experiment, self.experiment.training
+    prepared = prepare.prepare(e.data, e.tokenizer)
+    self.tokenizer, self.val_tokens = prepared.tokenizer, prepared.splits['val']
+    make = windows.ContiguousStreams if c.windows == 'contiguous' else windows.RandomWindows
+    self.windows = make(prepared.splits['train'], e.seed, c.batch_size, c.sequence_length)
+    if len(self.val_tokens) < 2:
+      raise errors.UserError(f'the val split has {len(self.val_tokens)} tokens: data.val_fraction leaves too little to score')
+    try:
+      generate.prompt_ids(self.tokenizer, c.sample_prompt)
+    except errors.UserError as error:
+      raise errors.UserError(f'training.sample_prompt={c.sample_prompt!r}: {error}') from error
+    # With the step, this decides every batch; a checkpoint is only good for the same one.
+    self.fingerprint = {
+      'data': prepared.fingerprint,
+      'seed': e.seed,
+      'batch_size': c.batch_size,
+      'sequence_length': c.sequence_length,
+      'windows': c.windows,
+    }
+
+  def batch(self, index: int) -> Any:
+    """The batch of step `index`, on the devices."""
+    return self.put(self.windows.batch(index))
+
+  def put(self, batch: Any) -> Any:
+    return jax.device_put(batch, self.batch_sharding)
+
+
+def reconcile(
+  given: experiment_lib.Experiment, stored: experiment_lib.Experiment | None, directory: pathlib.Path
+) -> tuple[experiment_lib.Experiment, list[str]]:
+  """What to run: `given`, resolved; and how it differs from `stored`, in fields that may change on resume."""
+  if stored is None:
+    return experiment_lib.resolve(given), []
+  given = copy.deepcopy(given)
+  given.optimizer.schedule_steps = given.optimizer.schedule_steps or stored.optimizer.schedule_steps
+  lines = experiment_lib.differences(stored, given)
+  refused = [line for line in lines if line.split(':')[0] not in experiment_lib.MAY_CHANGE]
+  if refused:
+    raise errors.UserError(f'workdir={str(directory)!r} was trained with other settings: {"; ".join(refused)}')
+  return given, lines
