@@ -144,8 +144,8 @@ def test_learns_a_text_and_writes_what_scripts_read(kind, make, tmp_path, text):
 @pytest.mark.parametrize('kind', MODELS)
 def test_more_steps_go_on_as_if_asked_for_at_once(kind, make, tmp_path, capfd):
   whole, parts = tmp_path / 'whole', tmp_path / 'parts'
-  trainer.train(make(kind, num_steps=14, schedule_steps=14), whole)
-  trainer.train(make(kind, num_steps=5, schedule_steps=14), parts)
+  trainer.train(make(kind, num_steps=14, schedule_steps=20), whole)
+  trainer.train(make(kind, num_steps=5, schedule_steps=20), parts)
   before = lines(parts)
   capfd.readouterr()
   trainer.train(make(kind, num_steps=14, schedule_steps=0, checkpoint_every_steps=3), parts)  # 0 keeps the horizon that was

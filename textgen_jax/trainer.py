@@ -121,7 +121,7 @@ class _Trainer:
     c = self.config
     compiled = self.compile(train_state, first)
     asked = experiment_lib.parse_profile_steps(c.profile_steps)
-    profiled = range(max(asked.start, first + 1), min(asked.stop, c.num_steps + 1))
+    profiled = range(max(asked.start, first + 1), asked.stop)
     running: collections.deque[step.Sums] = collections.deque()
     with contextlib.ExitStack() as stack:
       self.writer = stack.enter_context(contextlib.closing(metrics.Writer(self.directory, first)))

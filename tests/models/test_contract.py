@@ -307,7 +307,7 @@ def test_learned_positions_past_the_context_are_never_silently_wrong(random_para
 def test_an_lstm_goes_on(random_params):
   model = make(TIED_LSTM, context_length=3)
   params, tokens_BT = random_params(model), random_tokens()
-  assert (model.slides, model.window, model.carries) == (False, None, True)
+  assert (model.slides, model.window) == (False, None)
   whole = read(model, params, tokens_BT)
   assert_close(read(model, params, tokens_BT, chunk=3, slots=0), whole)
   assert_close(read(make(TIED_LSTM), params, tokens_BT), whole)

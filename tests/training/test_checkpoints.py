@@ -145,7 +145,8 @@ def test_reading_makes_and_removes_nothing(tmp_path):
   assert reader.steps() == [3]
   reader.restore_params(3, abstract(make().params))
   assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob('*')) == before
-  writer = checkpoints.Checkpoints(tmp_path)  # one that writes clears up after a killed process
+  writer = checkpoints.Checkpoints(tmp_path)  # one that writes clears up after a killed process, before its first save
+  save(writer, 4, 1.0)
   writer.close()
   assert not half.exists()
 

@@ -50,9 +50,9 @@ def weighing_hook(inputs):
 
 def test_accumulation_equals_the_large_batch(model, make_params, make_batch, make_state, recorder):
   rows = 8
-  batch = make_batch(rows, starts=model.carries)
+  batch = make_batch(rows, starts=model.window is None)
   batch.weights_BT[::4] *= 0.01  # so that micro-batches differ in how much they weigh
-  old = make_state(make_params(model), recorder, random_carry(model, rows) if model.carries else None)
+  old = make_state(make_params(model), recorder, random_carry(model, rows) if model.window is None else None)
   whole, whole_sums = jax.jit(step.make_train_step(model, recorder, no_rate, 1, weighing_hook))(old, batch)
   assert set(whole_sums) == {'loss', 'accuracy', 'grad_norm', 'learning_rate', 'skipped_steps'}
   np.testing.assert_allclose(whole_sums['loss'][1], batch.weights_BT.sum())

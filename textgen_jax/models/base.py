@@ -42,7 +42,6 @@ class LanguageModel(Protocol):
 
   vocab_size: int  # without padding
   context_length: int
-  carries: bool  # True where the cache is a recurrent state of fixed size, worth carrying between batches
 
   @property
   def slides(self) -> bool: ...

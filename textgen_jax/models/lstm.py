@@ -86,7 +86,6 @@ class LSTM(nn.Module):
   context_length: int
   constrain: base.Constrain = base.unconstrained
 
-  carries = True
   slides = False
   window = None
 

@@ -104,8 +104,6 @@ class Transformer(nn.Module):
   attention_class: type[nn.Module] = attention.Attention
   constrain: base.Constrain = base.unconstrained
 
-  carries = False
-
   @property
   def slides(self) -> bool:
     return self.config.position == 'learned'
