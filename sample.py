@@ -6,6 +6,7 @@ Results go to stdout (or --output), diagnostics to stderr. Equal flags give equa
 """
 
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
@@ -79,8 +80,6 @@ def _main(argv: Sequence[str]) -> None:
 
   compilation.keep_compiled()
   trained = workdir.load(values.workdir, values.checkpoint)
-  for prompt in prompts:
-    trained.tokenizer.encode(prompt)
   reaches = max(len(trained.tokenizer.encode(prompt)) for prompt in prompts) + settings.max_new_tokens
   if reaches > trained.model.context_length:
     _tell_past_context(trained, reaches)
@@ -115,9 +114,14 @@ def _tell_past_context(trained, reaches: int) -> None:  # type: ignore[no-untype
 
 
 def write_stream(pieces: Iterable[str]) -> None:
-  for piece in pieces:
-    sys.stdout.write(piece.encode('utf-8', 'replace').decode('utf-8'))
-    sys.stdout.flush()
+  """To stdout, piece by piece; a reader that has had enough, as `head` has, ends the command in peace."""
+  try:
+    for piece in pieces:
+      sys.stdout.write(piece.encode('utf-8', 'replace').decode('utf-8'))
+      sys.stdout.flush()
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+    sys.exit(0)
 
 
 def read_prompts(path: pathlib.Path) -> list[str]:
@@ -127,11 +131,13 @@ def read_prompts(path: pathlib.Path) -> list[str]:
     UserError: names the file, the line and what it lacks.
   """
   try:
-    lines = path.read_text(encoding='utf-8').splitlines()
+    lines = path.read_text(encoding='utf-8').removesuffix('\n').split('\n')
   except OSError as error:
     raise errors.UserError(f'prompts_file={str(path)!r}: {error.strerror}') from error
   except UnicodeDecodeError as error:
     raise errors.UserError(f"prompts_file={str(path)!r} isn't UTF-8 at byte {error.start}") from error
+  if lines == ['']:
+    raise errors.UserError(f'prompts_file={str(path)!r} holds no prompt')
   if path.suffix != '.jsonl':
     prompts = lines
   else:
@@ -144,8 +150,6 @@ def read_prompts(path: pathlib.Path) -> list[str]:
       if not isinstance(prompt, str):
         raise errors.UserError(f'prompts_file={str(path)!r}, line {number}: prompt={prompt!r} is not a string')
       prompts.append(prompt)
-  if not prompts:
-    raise errors.UserError(f'prompts_file={str(path)!r} holds no prompt')
   return prompts
 
 

@@ -19,9 +19,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _main(argv: Sequence[str]) -> None:
   if command_line.wants_help(argv):
-    named = [arg.partition('=')[2] for arg in argv if arg.startswith('--config=')]
-    config = command_line.load_config(named[0]) if named else experiment_lib.Experiment()
-    print(f'{__doc__}\nThe fields{" of " + named[0] if named else ", with their defaults"}:\n{command_line.config_help(config)}')
+    path = command_line.named_config(argv)
+    config = command_line.load_config(path) if path else experiment_lib.Experiment()
+    print(f'{__doc__}\nThe fields{" of " + path if path else ", with their defaults"}:\n{command_line.config_help(config)}')
     return
   experiment, workdir = command_line.parse_experiment(argv)
   experiment_lib.check(experiment)

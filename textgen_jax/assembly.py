@@ -1,6 +1,5 @@
 """An experiment's parts, checked and built: all that a run needs before it writes anything."""
 
-import copy
 import pathlib
 from typing import Any
 
@@ -28,10 +27,12 @@ class Parts:
 
   def __init__(self, experiment: experiment_lib.Experiment, directory: pathlib.Path, hook: step.LossHook):
     experiment_lib.check(experiment)
-    if directory.exists() and not directory.is_dir():
-      raise errors.UserError(f'workdir={str(directory)!r} is a file')
-    stored = workdir.read_config(directory) if workdir.has_checkpoints(directory) else None
+    for path in (directory, *directory.parents):
+      if path.exists() and not path.is_dir():
+        raise errors.UserError(f'workdir={str(directory)!r}: {path} is a file')
     self.directory = directory
+    self.stored = workdir.latest_about(directory)  # None: a fresh start
+    stored = experiment_lib.from_json(self.stored['experiment'], f'{directory}/checkpoints') if self.stored else None
     self.experiment, self.changes = reconcile(experiment, stored, directory)
     e, c = self.experiment, self.experiment.training
     self.mesh = sharding.make_mesh(e.sharding)
@@ -68,14 +69,10 @@ class Parts:
       generate.prompt_ids(self.tokenizer, c.sample_prompt)
     except errors.UserError as error:
       raise errors.UserError(f'training.sample_prompt={c.sample_prompt!r}: {error}') from error
-    # With the step, this decides every batch; a checkpoint is only good for the same one.
-    self.fingerprint = {
-      'data': prepared.fingerprint,
-      'seed': e.seed,
-      'batch_size': c.batch_size,
-      'sequence_length': c.sequence_length,
-      'windows': c.windows,
-    }
+    self.fingerprint = prepared.fingerprint
+    if self.stored and self.stored['fingerprint'] != self.fingerprint:
+      change = f'fingerprint {self.stored["fingerprint"][:12]} -> {self.fingerprint[:12]}'
+      raise errors.UserError(f'workdir={str(self.directory)!r} was trained on other text: data {change}')
 
   def batch(self, index: int) -> Any:
     """The batch of step `index`, on the devices."""
@@ -91,10 +88,11 @@ def reconcile(
   """What to run: `given`, resolved; and how it differs from `stored`, in fields that may change on resume."""
   if stored is None:
     return experiment_lib.resolve(given), []
-  given = copy.deepcopy(given)
-  given.optimizer.schedule_steps = given.optimizer.schedule_steps or stored.optimizer.schedule_steps
-  lines = experiment_lib.differences(stored, given)
-  refused = [line for line in lines if line.split(':')[0] not in experiment_lib.MAY_CHANGE]
+  resolved = experiment_lib.resolve(given)
+  if not given.optimizer.schedule_steps:
+    resolved.optimizer.schedule_steps = stored.optimizer.schedule_steps
+  changes = experiment_lib.differences(stored, resolved)
+  refused = [f'{name}: {change}' for name, change in changes.items() if name not in experiment_lib.MAY_CHANGE]
   if refused:
     raise errors.UserError(f'workdir={str(directory)!r} was trained with other settings: {"; ".join(refused)}')
-  return given, lines
+  return resolved, [f'{name}: {change}' for name, change in changes.items()]

@@ -30,9 +30,6 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
     return 130
-  except BrokenPipeError:  # the reader of stdout has gone, as `head` does
-    sys.stderr.close()
-    return 0
   return 0
 
 
@@ -52,6 +49,16 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 def wants_help(argv: Sequence[str]) -> bool:
   return any(arg in ('--help', '-h', '-help', '--helpfull', '--helpshort') for arg in argv[1:])
+
+
+def named_config(argv: Sequence[str]) -> str | None:
+  """The config file that argv names, as `--config=FILE` or `--config FILE`."""
+  for i, arg in enumerate(argv):
+    if arg.startswith('--config='):
+      return arg.partition('=')[2]
+    if arg == '--config' and i + 1 < len(argv):
+      return argv[i + 1]
+  return None
 
 
 def parse_experiment(argv: Sequence[str]) -> tuple[experiment_lib.Experiment, str]:
@@ -112,6 +119,8 @@ def _check_override(config: Any, override: str) -> None:
     if name not in names:
       if not names:
         raise errors.UserError(f'there is no field {path}: {prefix.rstrip(".")} has no fields')
+      if path == 'model.kind':
+        raise errors.UserError('model.kind is set by the config file, which builds the model: a flag cannot change it')
       raise errors.UserError(experiment_lib.unknown_field(prefix + name, prefix, name, names))
     prefix, config = f'{prefix}{name}.', getattr(config, name)
   if isinstance(config, dict):

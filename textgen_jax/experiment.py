@@ -51,12 +51,12 @@ class Experiment:
   training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
 
 
-# Fields that may differ when a run goes on: none of them changes a step's result on the same devices.
-# Where the text lies isn't compared either: that it is the same text is told by its fingerprint.
+# Fields that may differ when a run goes on: none changes a step but for rounding on another mesh.
+# Where the text lies isn't compared: that it is the same text is told by its fingerprint.
 MAY_CHANGE = frozenset(
   ['training.num_steps', 'training.keep_checkpoints', 'training.profile_steps', 'data.corpus', 'data.path', 'data.val_fraction']
   + [f'training.{name}_every_steps' for name in ('log', 'eval', 'checkpoint', 'sample')]
-  + [f'training.{name}' for name in ('eval_max_tokens', 'eval_batch_size', 'sample_prompt', 'sample_temperatures', 'sample_tokens')]
+  + [f'training.{name}' for name in ('eval_batch_size', 'sample_prompt', 'sample_temperatures', 'sample_tokens')]
   + ['sharding.data', 'sharding.fsdp', 'sharding.rules']
 )
 
@@ -108,10 +108,24 @@ def parse_profile_steps(text: str) -> range:
 
 
 def resolve(experiment: Experiment) -> Experiment:
-  """A copy in which a 0 that stands for another field is replaced by it."""
+  """A copy in which a 0 that stands for another field is replaced by it, and numbers are of their field's type."""
   resolved = copy.deepcopy(experiment)
+  _use_floats(resolved)
   resolved.optimizer.schedule_steps = experiment.optimizer.schedule_steps or experiment.training.num_steps
   return resolved
+
+
+def _use_floats(config: Any) -> None:
+  """An int is a fine float, but its JSON would differ."""
+  hints = typing.get_type_hints(type(config))
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      _use_floats(value)
+    elif hints[field.name] is float:
+      setattr(config, field.name, float(value))
+    elif hints[field.name] == tuple[float, ...]:
+      setattr(config, field.name, tuple(map(float, value)))
 
 
 def check_types(config: Any, prefix: str = '') -> None:
@@ -123,8 +137,6 @@ def check_types(config: Any, prefix: str = '') -> None:
       check_types(value, name + '.')
     elif not _fits(value, hint):
       raise errors.UserError(f'{name}={value!r} is not of type {type_name(hint)}')
-    elif hint is float:
-      setattr(config, field.name, float(value))  # an int is a fine float, but its JSON would differ
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -146,12 +158,9 @@ def type_name(hint: Any) -> str:
   return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace('typing.', '')
 
 
-def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
+def flatten(experiment: Experiment) -> dict[str, Any]:
   """`{'training.num_steps': 5000, ...}`; the model's class stands as `model.kind`."""
-  flat: dict[str, Any] = {}
-  for name, value in to_json(config).items():
-    flat |= _flatten_json(value, prefix + name)
-  return flat
+  return {k: v for name, value in to_json(experiment).items() for k, v in _flatten_json(value, name).items()}
 
 
 def _flatten_json(value: Any, name: str) -> dict[str, Any]:
@@ -160,10 +169,10 @@ def _flatten_json(value: Any, name: str) -> dict[str, Any]:
   return {k: v for key, item in value.items() for k, v in _flatten_json(item, f'{name}.{key}').items()}
 
 
-def differences(stored: Experiment, given: Experiment) -> list[str]:
-  """What `given` changes of `stored`, a line a field: `name: old -> new`."""
+def differences(stored: Experiment, given: Experiment) -> dict[str, str]:
+  """What `given` changes of `stored`, by field: `{'seed': '0 -> 1'}`."""
   old, new = flatten(stored), flatten(given)
-  return [f'{name}: {old.get(name)!r} -> {new.get(name)!r}' for name in {**old, **new} if old.get(name) != new.get(name)]
+  return {name: f'{old.get(name)!r} -> {new.get(name)!r}' for name in {**old, **new} if old.get(name) != new.get(name)}
 
 
 def to_json(experiment: Experiment) -> dict[str, Any]:

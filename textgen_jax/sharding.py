@@ -42,6 +42,11 @@ def check(config: ShardingConfig) -> None:
     unknown = [axis for axis in config.rules.get(name, ['(missing)']) if axis not in MESH_AXES]
     if unknown:
       raise errors.UserError(f'sharding.rules[{name!r}] names {unknown[0]!r}, which is no mesh axis ({", ".join(MESH_AXES)})')
+  # One array can't be split twice over one mesh axis.
+  meet = [(axes.BATCH, axes.TIME), *((axes.EMBED, name) for name in (axes.HEADS, axes.MLP, axes.GATES, axes.VOCAB, axes.POSITION))]
+  for one, other in meet:
+    if shared := set(config.rules[one]) & set(config.rules[other]):
+      raise errors.UserError(f'sharding.rules splits {one!r} and {other!r} of one array over the same mesh axis, {min(shared)!r}')
 
 
 def make_mesh(config: ShardingConfig) -> Mesh:

@@ -46,13 +46,21 @@ def train(experiment: experiment_lib.Experiment, directory: str | os.PathLike, h
     Stopped: SIGINT or SIGTERM came; the last finished step is saved.
     MachineFailed: a checkpoint could not be saved.
   """
-  with signals.caught(progress.say) as stopped:
-    return _Trainer(assembly.Parts(experiment, pathlib.Path(directory), hook)).train(stopped)
+  try:
+    with contextlib.ExitStack() as stack:
+      with signals.caught(progress.say) as stopped:
+        trainer = _Trainer(assembly.Parts(experiment, pathlib.Path(directory), hook), stack)
+        train_state = trainer.run(stopped)
+      return trainer.finish(train_state)  # all is saved: a signal may end this at once
+  except OSError as error:
+    raise errors.MachineFailed(f'{error.filename or directory}: {error.strerror or error}') from error
 
 
 class _Trainer:
-  def __init__(self, parts: assembly.Parts):
-    self.parts, self.config, self.directory = parts, parts.experiment.training, parts.directory
+  """The loop's state on the host."""
+
+  def __init__(self, parts: assembly.Parts, stack: contextlib.ExitStack):
+    self.parts, self.config, self.directory, self.stack = parts, parts.experiment.training, parts.directory, stack
     self.byte_lengths = parts.tokenizer.byte_lengths()
     self.flops_per_token = base.flops_per_token(parts.model, parts.abstract.params, self.config.sequence_length)
     self.peak_flops = metrics.peak_flops()
@@ -61,33 +69,37 @@ class _Trainer:
     self.skipped = 0  # steps without an update, as last logged
     self.applied_step = 0  # the last log line before which an update was applied
 
-  def train(self, stopped: list[int]) -> evaluate.Score:
-    train_state, first = self.start()
-    last = max(first, self.config.num_steps)
-    with contextlib.closing(self.kept):  # whatever ends the run, what was begun to be saved is saved
-      if first < last:
-        train_state = self.loop(train_state, first, stopped)
-      else:
-        progress.say(f'{self.directory} has trained {first} steps already; training.num_steps={last} asks for no more')
-      if self.final_score is None:
-        self.final_score = self.score_val(train_state.params, 0)
-        with contextlib.closing(metrics.Writer(self.directory, last)) as self.writer:
-          self.report(last, self.final_score)
+  def run(self, stopped: list[int]) -> state.TrainState:
+    """Everything up to the last step's checkpoint."""
+    train_state, self.first = self.start()
+    self.writer = self.stack.enter_context(contextlib.closing(metrics.Writer(self.directory, self.first)))
+    if self.first < self.config.num_steps:
+      return self.loop(train_state, self.first, stopped)
+    progress.say(f'{self.directory} has trained {self.first} steps already; training.num_steps={self.config.num_steps} asks for no more')
+    return train_state
+
+  def finish(self, train_state: state.TrainState) -> evaluate.Score:
+    """The whole val split's score."""
+    if self.final_score is None:
+      self.final_score = self.score_val(train_state.params, 0)
+      self.report(max(self.first, self.config.num_steps), self.final_score, write=self.first < self.config.num_steps)
     return self.final_score
 
   def start(self) -> tuple[state.TrainState, int]:
     """The state to go on from and its step; writes the workdir's configuration."""
     parts = self.parts
-    warm_params = None
-    if parts.experiment.init_from and not workdir.has_checkpoints(self.directory):
-      warm_params = self.warm_params()
-    self.kept = checkpoints.Checkpoints(self.directory, self.config.keep_checkpoints)
+    warm_params = self.warm_params() if parts.experiment.init_from and not parts.stored else None
+    # Whatever ends the run, what was begun to be saved is saved.
+    self.kept = self.stack.enter_context(contextlib.closing(checkpoints.Checkpoints(self.directory, self.config.keep_checkpoints)))
     latest = self.kept.latest_step()
-    if latest is not None:
-      found = self.kept.about(latest).get('fingerprint', {})
-      changed = [f'{k}: {str(found.get(k))[:12]} -> {str(v)[:12]}' for k, v in parts.fingerprint.items() if found.get(k) != v]
-      if changed:
-        raise errors.UserError(f'workdir={str(self.directory)!r} was trained on other batches: {"; ".join(changed)}')
+    if latest is None:
+      train_state = parts.init()
+      if warm_params is not None:
+        train_state = dataclasses.replace(train_state, params=warm_params)
+    else:
+      train_state = self.kept.restore(latest, checkpoints.with_shardings(parts.abstract, parts.shardings))
+      progress.say(f'going on from step {latest} of {self.directory}')
+    self.best = min((loss for kept in self.kept.steps() if (loss := self.kept.val_loss(kept)) is not None), default=self.best)
     workdir.write_config(self.directory, parts.experiment, parts.tokenizer)
     self.about = {
       'experiment': experiment_lib.to_json(parts.experiment),
@@ -97,17 +109,15 @@ class _Trainer:
     for line in parts.changes:
       progress.say(f'changed on resume: {line}')
     progress.say(progress.parameter_table(parts.abstract.params))
-    if latest is None:
-      train_state = parts.init()
-      return (train_state if warm_params is None else dataclasses.replace(train_state, params=warm_params)), 0
-    progress.say(f'going on from step {latest} of {self.directory}')
-    self.best = min((loss for kept in self.kept.steps() if (loss := self.kept.val_loss(kept)) is not None), default=self.best)
-    return self.kept.restore(latest, checkpoints.with_shardings(parts.abstract, parts.shardings)), latest
+    return train_state, latest or 0
 
   def warm_params(self) -> Any:
     """Another run's params, laid out as this one's."""
     source = self.parts.experiment.init_from
-    other = workdir.load(source)
+    try:
+      other = workdir.load(source)
+    except errors.RunError as error:
+      raise errors.UserError(f'init_from={source!r}: {error}') from error
     if other.tokenizer.fingerprint() != self.parts.tokenizer.fingerprint():
       raise errors.UserError(f'init_from={source!r} was trained with another tokenizer than this text gets')
     ours, theirs = ({name: leaf.shape for name, leaf in trees.named_leaves(p)} for p in (self.parts.abstract.params, other.params))
@@ -124,7 +134,6 @@ class _Trainer:
     profiled = range(max(asked.start, first + 1), asked.stop)
     running: collections.deque[step.Sums] = collections.deque()
     with contextlib.ExitStack() as stack:
-      self.writer = stack.enter_context(contextlib.closing(metrics.Writer(self.directory, first)))
       self.bar = stack.enter_context(contextlib.closing(progress.Progress(first, c.num_steps)))
       batches = stack.enter_context(contextlib.closing(prefetch.prefetch(self.parts.batch, first, c.num_steps)))
       trace = stack.enter_context(contextlib.ExitStack())
@@ -179,7 +188,8 @@ class _Trainer:
     c = self.config
     began, last = time.monotonic(), done == c.num_steps
     val_loss = None
-    evaluated = not stopped and ((c.eval_every_steps > 0 and done % c.eval_every_steps == 0) or last)
+    # Also when a signal has come: a run that was stopped here must not lack this score for ever.
+    evaluated = last or (c.eval_every_steps > 0 and done % c.eval_every_steps == 0)
     if evaluated:
       score = self.score_val(train_state.params, c.eval_max_tokens)
       val_loss = score.loss_nats
@@ -228,6 +238,7 @@ class _Trainer:
       self.byte_lengths,
       length=c.sequence_length,
       batch_size=-(-c.eval_batch_size // parts.row_ways) * parts.row_ways,
+      divisor=parts.row_ways,
       put=parts.put,
       row_chunks=evaluate.row_chunks(c.windows == 'contiguous', c.sequence_length),
     )
@@ -235,12 +246,14 @@ class _Trainer:
   def is_whole(self, score: evaluate.Score) -> bool:
     return score.tokens == len(self.parts.val_tokens) - 1
 
-  def report(self, done: int, score: evaluate.Score) -> None:
+  def report(self, done: int, score: evaluate.Score, write: bool = True) -> None:
     values = {'loss': score.loss_nats, 'bits_per_byte': score.bits_per_byte, 'perplexity': score.perplexity, 'tokens': score.tokens}
-    self.writer.write(done, {f'val/{name}': metrics.jsonable(value) for name, value in values.items()})
+    whole = self.is_whole(score)
+    if write:
+      self.writer.write(done, {f'val{"" if whole else "_prefix"}/{name}': metrics.jsonable(value) for name, value in values.items()})
     progress.say(
       f'step {done}  val loss {score.loss_nats:.4f} nats  {score.bits_per_byte:.4f} bits per byte  perplexity {score.perplexity:.3f}'
-      f'  ({"whole split" if self.is_whole(score) else "its beginning"}, {score.tokens:,} tokens)'
+      f'  ({"whole split" if whole else "its beginning"}, {score.tokens:,} tokens)'
     )
 
   def sample(self, done: int, params: Any) -> None:

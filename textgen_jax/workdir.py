@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from textgen_jax import errors, trees
 from textgen_jax import experiment as experiment_lib
-from textgen_jax.models import build
+from textgen_jax.models import base, build
 from textgen_jax.text import base as text_base
 from textgen_jax.text import build as text_build
 from textgen_jax.training import checkpoints
@@ -28,6 +28,7 @@ class Trained:
   tokenizer: text_base.Tokenizer
   experiment: experiment_lib.Experiment
   step: int
+  fingerprint: str  # of the data that it was trained on
 
 
 def load(workdir: str | os.PathLike, checkpoint: str = 'best') -> Trained:
@@ -51,10 +52,11 @@ def load(workdir: str | os.PathLike, checkpoint: str = 'best') -> Trained:
   tokenizer = tokenizer_from(about.get('tokenizer'))
   model = build.build(experiment.model, tokenizer.vocab_size, experiment.training.sequence_length)
   params = kept.restore_params(step, abstract_params(model))
+  kept.close()
   bad = [name for name, leaf in trees.named_leaves(params) if not bool(jnp.isfinite(leaf).all())]
   if bad:
     raise errors.NoGoodCheckpoint(f'{path}/checkpoints/{step}: parameter {bad[0]} holds values that are not finite')
-  return Trained(model, params, tokenizer, experiment, step)
+  return Trained(model, params, tokenizer, experiment, step, about['fingerprint'])
 
 
 def _choose(kept: checkpoints.Checkpoints, checkpoint: str, path: pathlib.Path) -> int:
@@ -79,9 +81,9 @@ def has_checkpoints(workdir: pathlib.Path) -> bool:
 
 def abstract_params(model: Any) -> Any:
   """Shapes of a model's parameters, on the first device."""
-  boxed = jax.eval_shape(lambda: model.init(jax.random.PRNGKey(0), jnp.zeros((1, 2), jnp.int32), method='init_everything'))
+  shapes = nn.unbox(jax.eval_shape(lambda: base.init_params(model, jax.random.PRNGKey(0))))
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nn.unbox(boxed)['params'])
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
 
 
 def tokenizer_from(files: Any) -> text_base.Tokenizer:
@@ -91,16 +93,17 @@ def tokenizer_from(files: Any) -> text_base.Tokenizer:
     return text_build.load(directory)
 
 
-def read_config(workdir: pathlib.Path) -> experiment_lib.Experiment | None:
-  """The workdir's experiment; None where there is none."""
-  path = workdir / 'config.json'
-  try:
-    content = json.loads(path.read_text(encoding='utf-8'))
-  except FileNotFoundError:
+def latest_about(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """What the latest checkpoint says of itself; None where none was ever written."""
+  if not has_checkpoints(workdir):
     return None
-  except (OSError, ValueError) as error:
-    raise errors.UserError(f'{path}: not readable as JSON: {error}') from error
-  return experiment_lib.from_json(content, str(path))
+  kept = checkpoints.Checkpoints(workdir, read_only=True)
+  step = kept.latest_step()
+  if step is None:
+    raise errors.NoGoodCheckpoint(f'{workdir}/checkpoints holds no finished checkpoint')
+  about = kept.about(step)
+  kept.close()
+  return about
 
 
 def write_config(workdir: pathlib.Path, experiment: experiment_lib.Experiment, tokenizer: text_base.Tokenizer) -> None:

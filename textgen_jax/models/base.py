@@ -14,7 +14,9 @@ first token: nothing before it is seen.
 `deterministic=False` turns dropout on and needs `rngs={'dropout': key}`. Without a
 cache the call starts from nothing and returns None in its place; with one it goes on
 where the cache stands. A cache is a pytree whose every leaf leads with B.
-`unembed` gives -inf to the ids that only pad the vocabulary.
+`unembed` gives -inf to the ids that only pad the vocabulary. Two methods more:
+`init_everything(tokens_BT)`, for `init`, touches every parameter, and
+`mixing_flops_per_token(length)` counts forward operations between tokens.
 
 Two attributes tell a caller what happens past the trained context:
 `context_length` (tokens), and `slides`: True where the caller must read the last part
@@ -51,6 +53,8 @@ class LanguageModel(Protocol):
 
   def init(self, *args: Any, **kwargs: Any) -> Any: ...
 
+  def init_everything(self, tokens_BT: jax.Array) -> jax.Array: ...
+
   def apply(self, *args: Any, **kwargs: Any) -> Any: ...
 
   def init_cache(self, batch: int, length: int) -> Cache: ...
@@ -64,6 +68,11 @@ def unconstrained(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
   """The identity: on one device, or outside a mesh, nothing is constrained."""
   del names
   return x
+
+
+def init_params(model: LanguageModel, key: jax.Array) -> Any:
+  """Fresh parameters, boxed with the names of their axes."""
+  return model.init(key, jnp.zeros((1, 2), jnp.int32), method='init_everything')['params']
 
 
 def reorder_cache(cache: Cache, rows_B: ArrayLike) -> Cache:

@@ -80,6 +80,16 @@ def next_token(logits_BV: jax.Array, position_B: jax.Array, knobs: Knobs, uses: 
   return jnp.where(knobs.temperature_B > 0, transforms.draw(logits_BV, uniform_B), greedy_B)
 
 
+def new_cache(model: base.LanguageModel, params: Any, rows: int, length: int) -> Any:
+  """An empty cache on the devices that hold the parameters, where later ones come from: else each call compiles twice."""
+  cache = model.init_cache(rows, length)
+  leaf = jax.tree.leaves(params)[0]
+  if not getattr(leaf, 'committed', False):
+    return cache
+  mesh = getattr(leaf.sharding, 'mesh', None)
+  return jax.device_put(cache, jax.NamedSharding(mesh, jax.P()) if mesh is not None else leaf.sharding)
+
+
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='cache')
 def prefill(model: base.LanguageModel, params: Any, cache: Any, tokens_BT: jax.Array, valid_BT: jax.Array) -> Any:
   """The cache after tokens whose successors are known; no logits are computed."""

@@ -244,7 +244,7 @@ class Sampler:
     self._used = chunks * self._chunk
     more = max(self._rows[i].params.max_new_tokens - self._rows[i].drawn for i in batch)
     self._capacity = self._bounded(_power_of_two(min(max(self._used + self._segment, 256), self._used + more), low=64))
-    self._cache = self._model.init_cache(len(batch), self._capacity)
+    self._cache = decode.new_cache(self._model, self._params, len(batch), self._capacity)
     # Prompts end together, so that all rows write at one place from then on.
     tokens_BT = np.zeros((len(batch), self._used), np.int32)
     valid_BT = np.zeros((len(batch), self._used), bool)

@@ -78,8 +78,8 @@ def _split(trained: workdir.Trained, split: str) -> np.ndarray:
   prepared = prepare.prepare(trained.experiment.data, trained.experiment.tokenizer)
   if split not in prepared.splits:
     raise errors.UserError(f'split={split!r} is none of {", ".join(prepared.splits)}')
-  if prepared.tokenizer.fingerprint() != trained.tokenizer.fingerprint():
-    raise errors.UserError('the text has changed since the model was trained: its tokenizer is another one')
+  if prepared.fingerprint != trained.fingerprint:
+    raise errors.UserError(f'split={split!r}: the text is not the one that the model was trained on; --data=FILE scores any file')
   return prepared.splits[split]
 
 

@@ -87,7 +87,10 @@ class Checkpoints:
     return loss if loss is not None and np.isfinite(loss) else None
 
   def about(self, step: int) -> dict[str, Any]:
-    return self._restore(step, about=ocp.args.JsonRestore())['about']
+    about = self._restore(step, about=ocp.args.JsonRestore())['about']
+    if about.get('format') != FORMAT:
+      raise errors.NoGoodCheckpoint(f'{self._directory}/{step} is of format {about.get("format")}, and this version reads {FORMAT}')
+    return about
 
   def restore(self, step: int, abstract: state.TrainState) -> state.TrainState:
     """The state at `step`, laid out as `abstract`'s shardings say."""
@@ -119,8 +122,8 @@ class Checkpoints:
 
 def rest(train_state: state.TrainState) -> dict[str, Any]:
   """All of the state but its params; a carry of None has no place in the tree."""
-  fields = ('step', 'updates', 'root_key', 'opt_state', 'carry')
-  return {name: getattr(train_state, name) for name in fields if getattr(train_state, name) is not None}
+  values = {field.name: getattr(train_state, field.name) for field in dataclasses.fields(train_state)}
+  return {name: value for name, value in values.items() if name != 'params' and value is not None}
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:

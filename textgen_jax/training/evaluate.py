@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -57,8 +58,9 @@ def evaluate(
   *,
   length: int,
   batch_size: int,
-  put: Any = jax.device_put,
+  put: Callable[[Any], Any] = jax.device_put,
   row_chunks: int = 1,
+  divisor: int = 1,
 ) -> Score:
   """Scores every token but the first, each once, without dropout.
 
@@ -73,17 +75,19 @@ def evaluate(
     byte_lengths: UTF-8 bytes by id, [V].
     length: tokens in one call.
     batch_size: rows in one call.
-    put: brings a batch to the devices.
+    put: brings arrays that lead with B to the devices.
     row_chunks: calls that one row takes.
+    divisor: what `batch_size` is a multiple of, and must stay (the devices that rows are split over).
   """
   rows = windows.EvaluationRows(tokens, length * row_chunks)
+  batch_size = min(batch_size, -(-rows.num_rows // divisor) * divisor)  # a short text has fewer rows
   sums, byte_count, token_count = [], 0, 0
   for low in range(0, rows.num_rows, batch_size):
     batch = rows.batch(low, low + batch_size)
     counted = batch.weights_BT > 0
     byte_count += int(byte_lengths[batch.targets_BT[counted]].sum())
     token_count += int(counted.sum())
-    cache = model.init_cache(batch_size, 0) if row_chunks > 1 else None
+    cache = put(model.init_cache(batch_size, 0)) if row_chunks > 1 else None
     for chunk in range(row_chunks):
       part = jax.tree.map(lambda x, c=chunk: np.ascontiguousarray(x[:, c * length : (c + 1) * length]), batch)
       if not part.weights_BT.any():

@@ -46,7 +46,7 @@ class Writer:
     self._path = workdir / 'metrics.jsonl'
     cut_after(self._path, restored_step)
     self._file = self._path.open('a', encoding='utf-8')
-    self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=restored_step + 1 if restored_step else None)
+    self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=restored_step + 1)
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     self._file.write(json.dumps({'step': step, **values}) + '\n')

@@ -1,5 +1,6 @@
 """What a person sees of a run: the parameter table, the bar, lines where there is no terminal."""
 
+import contextlib
 import math
 import re
 import sys
@@ -28,7 +29,8 @@ def parameter_table(params: Any) -> str:
 
 def say(text: str) -> None:
   """A line on stderr that doesn't tear the bar."""
-  tqdm.tqdm.write(text, file=sys.stderr)
+  with contextlib.suppress(BrokenPipeError):  # a run outlives the terminal that watched it
+    tqdm.tqdm.write(text, file=sys.stderr)
 
 
 class Progress:

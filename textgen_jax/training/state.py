@@ -48,18 +48,15 @@ def create(
     shapes; its shardings.
   """
 
-  def boxed_params(key: jax.Array) -> Any:
-    return model.init(key, jnp.zeros((1, 2), jnp.int32), method='init_everything')['params']
-
   def init() -> TrainState:
     init_key, root_key = jax.random.split(jax.random.PRNGKey(seed))
-    params = nn.unbox(boxed_params(init_key))
+    params = nn.unbox(base.init_params(model, init_key))
     carry = model.init_cache(carry_rows, 0) if carry_rows else None
     zero = jnp.zeros((), jnp.int32)
     return TrainState(step=zero, updates=zero, root_key=root_key, params=params, opt_state=tx.init(params), carry=carry)
 
   abstract = jax.eval_shape(init)
-  params = sharding.param_shardings(jax.eval_shape(boxed_params, jax.random.PRNGKey(0)), config, mesh)
+  params = sharding.param_shardings(jax.eval_shape(lambda: base.init_params(model, jax.random.PRNGKey(0))), config, mesh)
   everywhere: Any = sharding.replicated(mesh)
   shardings = TrainState(
     step=everywhere,

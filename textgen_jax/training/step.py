@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from textgen_jax import errors
 from textgen_jax.data import windows
 from textgen_jax.models import base
 from textgen_jax.training import losses, state
@@ -34,6 +35,20 @@ LossHook = Callable[[LossInputs], tuple[jax.Array, Sums]]
 def no_hook(inputs: LossInputs) -> tuple[jax.Array, Sums]:
   del inputs
   return jnp.zeros(()), {}
+
+
+RESERVED = ('loss', 'objective', 'grad_norm', 'learning_rate', 'skipped_steps', 'tokens_per_s', 'mfu')
+
+
+def check_hook(extra: Any, metrics: Any) -> None:
+  """Raises UserError, while the step is traced, for what the step could not sum or would overwrite."""
+  if jnp.shape(extra) != ():
+    raise errors.UserError(f'the loss hook gives a term of shape {jnp.shape(extra)}, not a scalar')
+  for name, value in metrics.items():
+    if name in RESERVED:
+      raise errors.UserError(f"the loss hook's metric {name!r} bears a name of the step's own: {', '.join(RESERVED)}")
+    if not (isinstance(value, tuple) and len(value) == 2 and all(jnp.shape(part) == () for part in value)):
+      raise errors.UserError(f"the loss hook's metric {name!r} is not a pair of scalars (sum, weight)")
 
 
 def make_train_step(
@@ -64,6 +79,7 @@ def make_train_step(
     loss, weight = (nll_BT * batch.weights_BT).sum(), batch.weights_BT.sum()
     inputs = LossInputs(params, batch, hidden_BTD, unembed, nll_BT, sown.get('intermediates', {}), hook_key)
     extra, metrics = hook(inputs)
+    check_hook(extra, metrics)
     return loss + extra, (carry, {**metrics, 'loss': (loss, weight), 'objective': (loss + extra, weight)})
 
   grad_fn = jax.grad(loss_sum, has_aux=True)
@@ -82,8 +98,10 @@ def make_train_step(
       grads, (micro_carry, sums) = grad_fn(params, micro_carry, micro_batch, jax.random.fold_in(key, i))
       return jax.tree.map(jnp.add, totals, (grads, sums)), micro_carry
 
-    inputs = (jnp.arange(accumulation_steps), *jax.tree.map(split, (batch, carry)))
-    shapes = jax.eval_shape(grad_fn, params, *jax.tree.map(lambda x: x[0], inputs[1:][::-1]), key)
+    micro_batches, micro_carries = jax.tree.map(split, (batch, carry))
+    inputs = (jnp.arange(accumulation_steps), micro_batches, micro_carries)
+    first_batch, first_carry = jax.tree.map(lambda x: x[0], (micro_batches, micro_carries))
+    shapes = jax.eval_shape(grad_fn, params, first_carry, first_batch, key)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[1][1]))
     (grads, sums), carries = jax.lax.scan(add, zeros, inputs)
     carry = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), carries)
