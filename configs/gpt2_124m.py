@@ -2,10 +2,11 @@
 
   python train.py --config=configs/gpt2_124m.py --workdir=runs/gpt2 --config.data.path='/data/text/*.txt'
 
-The recipe is nanoGPT's: 491,520 tokens a step, 600,000 steps. Here the text is read as
-bytes, and `vocab_multiple` pads the table to the 50,304 rows that GPT-2's has in nanoGPT,
-so that sizes and speeds can be compared; --config.model.vocab_multiple=128 saves the 38 M
-rows that bytes don't need. Score and cost: not measured, for want of a GPU.
+The recipe is nanoGPT's: 491,520 tokens a step, 600,000 steps, here in micro-batches of 12
+rows for one GPU; on eight, --config.training.accumulation_steps=5 gives each as many. The
+text is read as bytes, and `vocab_multiple` pads the table to the 50,304 rows that it has
+in nanoGPT, so that sizes and speeds can be compared; --config.model.vocab_multiple=128
+saves the 38 M parameters that bytes don't need. Score and cost: not measured, for want of a GPU.
 """
 
 from textgen_jax import experiment

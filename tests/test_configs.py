@@ -20,7 +20,7 @@ def test_config(path):
   experiment_lib.check(experiment)
   content = json.loads(json.dumps(experiment_lib.to_json(experiment)))
   assert experiment_lib.from_json(content, 'x') == experiment
-  assert experiment_lib.differences(experiment, experiment_lib.from_json(content, 'x')) == []
+  assert experiment_lib.differences(experiment, experiment_lib.from_json(content, 'x')) == {}
   assert f'configs/{path.name} --workdir=' in path.read_text()
 
 

@@ -15,7 +15,7 @@ from textgen_jax.data import corpora
 from textgen_jax.models import lstm, transformer
 from textgen_jax.sampling import generate
 from textgen_jax.text import base
-from textgen_jax.training import optimizer
+from textgen_jax.training import optimizer, step
 
 TEXT = 'She sells sea shells by the sea shore, and the shells she sells are sea shells. ' * 24
 MODELS = ('transformer', 'lstm')
@@ -108,7 +108,8 @@ def test_looking_at_a_run_does_not_change_it(kind, make, tmp_path):
   busy = {'eval_every_steps': 3, 'sample_every_steps': 2, 'sample_tokens': 3, 'checkpoint_every_steps': 5, 'eval_max_tokens': 50}
   trainer.train(make(kind, num_steps=12, **busy), watched)
   assert_same_end(quiet, watched, 12)
-  assert len(column(watched, 'val/loss')) == 4
+  assert len(column(watched, 'val_prefix/loss')) == 4
+  assert list(column(watched, 'val/loss')) == [12]
   assert list(column(quiet, 'train/loss')) == [12]
   assert column(quiet, 'train/loss')[12] == column(watched, 'train/loss')[12]  # that step's own
 
@@ -190,7 +191,7 @@ def test_another_text_is_refused(make, tmp_path):
   before = snapshot(tmp_path)
   given = make(num_steps=9)
   given.data.path = str(tmp_path / 'other.txt')
-  with pytest.raises(errors.UserError, match='was trained on other batches: data'):
+  with pytest.raises(errors.UserError, match='was trained on other text: data'):
     trainer.train(given, tmp_path / 'run')
   assert snapshot(tmp_path) == before
   given.data.path = str(tmp_path / 'same.txt')  # the same text elsewhere is the same text
@@ -231,8 +232,9 @@ def test_a_prefix_is_scored_on_the_way_and_the_whole_at_the_end(make, tmp_path, 
   score = trainer.train(make('transformer', num_steps=6, eval_every_steps=2, eval_max_tokens=40), tmp_path)
   whole = len(TEXT) - int(0.9 * len(TEXT)) - 1
   assert score.tokens == whole
-  found = [(line['step'], line['val/tokens']) for line in lines(tmp_path) if 'val/tokens' in line]
-  assert found == [(2, 39), (4, 39), (6, 39), (6, whole)]
+  found = [(line['step'], line['val_prefix/tokens']) for line in lines(tmp_path) if 'val_prefix/tokens' in line]
+  assert found == [(2, 39), (4, 39), (6, 39)]
+  assert column(tmp_path, 'val/tokens') == {6: whole}
   told = [line for line in capfd.readouterr().err.splitlines() if 'val loss' in line]
   assert ['whole' in line for line in told] == [False, False, False, True]
 
@@ -322,3 +324,44 @@ def test_a_file_as_workdir_and_too_little_text(make, tmp_path):
   with pytest.raises(errors.UserError, match=r'the split has \d+ tokens'):
     trainer.train(given, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_run_that_is_stopped_where_it_evaluates_lacks_nothing(make, tmp_path):
+  """The score is in the log and with the checkpoint, so that the best stays the best."""
+  sent = []
+
+  def told(inputs):  # called while the step is compiled: the signal waits until step 1 is done
+    if not sent:
+      sent.append(signal.raise_signal(signal.SIGINT))
+    return step.no_hook(inputs)
+
+  with pytest.raises(errors.Stopped, match='SIGINT: step 1 is saved'):
+    trainer.train(make('transformer', num_steps=3, eval_every_steps=1), tmp_path, told)
+  assert list(column(tmp_path, 'val/loss')) == [1]
+  assert workdir.load(tmp_path).step == 1
+  trainer.train(make('transformer', num_steps=3, eval_every_steps=1), tmp_path)
+  assert list(column(tmp_path, 'val/loss')) == [1, 2, 3]
+
+
+def test_the_checkpoint_guards_its_settings_not_the_file_beside_it(make, tmp_path):
+  trainer.train(make('transformer', num_steps=2), tmp_path)
+  (tmp_path / 'config.json').unlink()
+  changed = make('transformer', num_steps=4)
+  changed.optimizer.peak_lr = 0.5
+  with pytest.raises(errors.UserError, match=r'optimizer\.peak_lr: .* -> 0\.5'):
+    trainer.train(changed, tmp_path)
+  assert not (tmp_path / 'config.json').exists()
+
+
+@pytest.mark.parametrize(
+  ('result', 'match'),
+  [
+    ((jnp.zeros(3), {}), r'shape \(3,\), not a scalar'),
+    ((jnp.zeros(()), {'loss': (1.0, 1.0)}), "'loss' bears a name of the step's own"),
+    ((jnp.zeros(()), {'norm': 3.0}), "'norm' is not a pair of scalars"),
+    ((jnp.zeros(()), {'norm': jnp.zeros(2)}), "'norm' is not a pair of scalars"),
+  ],
+)
+def test_a_hook_that_gives_what_cannot_be_summed(make, tmp_path, result, match):
+  with pytest.raises(errors.UserError, match=match):
+    trainer.train(make('transformer', num_steps=2), tmp_path, lambda inputs: result)

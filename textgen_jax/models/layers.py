@@ -12,6 +12,8 @@ from textgen_jax import axes
 
 Initializer = Callable[..., jax.Array]
 
+RESIDUAL = (axes.BATCH, axes.TIME, None)  # logical axes of activations, [B, T, D]
+
 
 def partitioned(init: Initializer, *names: str | None) -> Any:
   """An initializer whose parameter bears the names of its axes (`axes.py`)."""
@@ -98,8 +100,3 @@ def resolve_dtype(name: str) -> str:
   if name != 'auto':
     return name
   return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-
-
-def residual_names() -> tuple[str | None, ...]:
-  """Logical axes of the residual stream, [B, T, D]."""
-  return (axes.BATCH, axes.TIME, None)

@@ -118,7 +118,7 @@ class LSTM(nn.Module):
       x_TBD, carry = layer(x_TBD, (state.hidden_BND[:, n], state.cell_BND[:, n]), valid_TB, starts_TB, deterministic)
       x_TBD = self.output_dropout(x_TBD, deterministic=deterministic)
       carries.append(carry)
-    hidden_BTD = self.constrain(x_TBD.swapaxes(0, 1), layers.residual_names())
+    hidden_BTD = self.constrain(x_TBD.swapaxes(0, 1), layers.RESIDUAL)
     if cache is None:
       return hidden_BTD, None
     return hidden_BTD, LSTMCache(*(jnp.stack(states, axis=1) for states in zip(*carries, strict=True)))

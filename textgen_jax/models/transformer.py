@@ -90,9 +90,9 @@ class Block(nn.Module):
     drop = functools.partial(nn.Dropout(c.dropout, name='dropout'), deterministic=deterministic)
     attend = self.attention_class(c, self.dtype, kernel_init, output_init, self.constrain, name='attention')
     y_BTD, cache = attend(norm('attention_norm', c, self.dtype)(x_BTD), frame, cache, deterministic)
-    x_BTD = self.constrain(x_BTD + drop(y_BTD), layers.residual_names())
+    x_BTD = self.constrain(x_BTD + drop(y_BTD), layers.RESIDUAL)
     y_BTD = MLP(c, self.dtype, kernel_init, output_init, name='mlp')(norm('mlp_norm', c, self.dtype)(x_BTD))
-    return self.constrain(x_BTD + drop(y_BTD), layers.residual_names()), cache
+    return self.constrain(x_BTD + drop(y_BTD), layers.RESIDUAL), cache
 
 
 class Transformer(nn.Module):
@@ -140,7 +140,7 @@ class Transformer(nn.Module):
     x_BTD = self.embed(tokens_BT)
     if self.slides:
       x_BTD = x_BTD + self.position(frame.position_BT)
-    x_BTD = self.constrain(self.embed_dropout(x_BTD, deterministic=deterministic), layers.residual_names())
+    x_BTD = self.constrain(self.embed_dropout(x_BTD, deterministic=deterministic), layers.RESIDUAL)
     written = []
     for i, block in enumerate(self.block):
       x_BTD, layer = block(x_BTD, frame, None if cache is None else cache.layers[i], deterministic)

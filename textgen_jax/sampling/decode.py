@@ -14,7 +14,7 @@ from textgen_jax.sampling import transforms
 
 
 class Knobs(NamedTuple):
-  """Sampling settings, one a row; all traced, so that turning one compiles nothing."""
+  """Sampling settings, one a row; all traced, so that another value compiles nothing."""
 
   temperature_B: jax.Array
   top_k_B: jax.Array
@@ -83,11 +83,11 @@ def next_token(logits_BV: jax.Array, position_B: jax.Array, knobs: Knobs, uses: 
 def new_cache(model: base.LanguageModel, params: Any, rows: int, length: int) -> Any:
   """An empty cache on the devices that hold the parameters, where later ones come from: else each call compiles twice."""
   cache = model.init_cache(rows, length)
-  leaf = jax.tree.leaves(params)[0]
-  if not getattr(leaf, 'committed', False):
+  committed = [leaf.sharding for leaf in jax.tree.leaves(params) if getattr(leaf, 'committed', False)]
+  if not committed:
     return cache
-  mesh = getattr(leaf.sharding, 'mesh', None)
-  return jax.device_put(cache, jax.NamedSharding(mesh, jax.P()) if mesh is not None else leaf.sharding)
+  mesh = getattr(committed[0], 'mesh', None)
+  return jax.device_put(cache, committed[0] if mesh is None else jax.NamedSharding(mesh, jax.P()))
 
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='cache')

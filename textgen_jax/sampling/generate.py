@@ -4,7 +4,8 @@
 
 Between segments the host looks for stop texts, lets go of finished rows, grows the
 cache and, for models that can't look past their trained context, reads the last part
-of it anew. A row's text depends on its prompt, settings and sample index alone.
+of it anew. A row's text depends on its prompt, settings and sample index alone,
+not on its batch, up to the rounding of logits.
 """
 
 import bisect
