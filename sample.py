@@ -75,6 +75,8 @@ def _main(argv: Sequence[str]) -> None:
     raise errors.UserError('--stream shows one sample of one prompt as text: drop the other prompts, num_samples, format or output')
   if values.output and not pathlib.Path(values.output).absolute().parent.is_dir():
     raise errors.UserError(f'output={values.output!r}: its directory does not exist')
+  if values.output and pathlib.Path(values.output).is_dir():
+    raise errors.UserError(f'output={values.output!r} is a directory')
   from textgen_jax import workdir  # after the checks: it takes seconds to import
   from textgen_jax.sampling import generate
 
@@ -131,7 +133,7 @@ def read_prompts(path: pathlib.Path) -> list[str]:
     UserError: names the file, the line and what it lacks.
   """
   try:
-    lines = path.read_text(encoding='utf-8').removesuffix('\n').split('\n')
+    lines = path.read_text(encoding='utf-8-sig').removesuffix('\n').split('\n')
   except OSError as error:
     raise errors.UserError(f'prompts_file={str(path)!r}: {error.strerror}') from error
   except UnicodeDecodeError as error:
@@ -145,7 +147,7 @@ def read_prompts(path: pathlib.Path) -> list[str]:
     for number, line in enumerate(lines, start=1):
       try:
         prompt = json.loads(line)['prompt']
-      except (ValueError, KeyError, TypeError) as error:
+      except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise errors.UserError(f'prompts_file={str(path)!r}, line {number}: not {{"prompt": ...}}') from error
       if not isinstance(prompt, str):
         raise errors.UserError(f'prompts_file={str(path)!r}, line {number}: prompt={prompt!r} is not a string')

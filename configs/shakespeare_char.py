@@ -1,6 +1,9 @@
 """A character Transformer on 34 of Shakespeare's plays: rotary positions, RMSNorm, squared ReLU.
 
   python train.py --config=configs/shakespeare_char.py --workdir=runs/shakespeare
+
+Cost: 2.5 minutes on two CPU cores. Score: 1.641 nats, 2.367 bits per byte on the whole val
+split (The Taming of the Shrew, Coriolanus).
 """
 
 from textgen_jax import experiment

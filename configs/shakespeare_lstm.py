@@ -1,6 +1,9 @@
 """A character LSTM on 34 of Shakespeare's plays, its state carried from batch to batch.
 
   python train.py --config=configs/shakespeare_lstm.py --workdir=runs/shakespeare_lstm
+
+Cost: 2.5 minutes on two CPU cores. Score: 1.611 nats, 2.324 bits per byte on the whole val
+split (The Taming of the Shrew, Coriolanus).
 """
 
 from textgen_jax import experiment
@@ -17,13 +20,13 @@ def get_config() -> experiment.Experiment:
     model=lstm.LSTMConfig(dim=512, num_layers=1),
     optimizer=optimizer.OptimizerConfig(peak_lr=4e-3, final_lr=1e-4, warmup_steps=50, b2=0.99, weight_decay=0.0),
     training=experiment.TrainingConfig(
-      num_steps=700,
+      num_steps=600,
       batch_size=32,
       sequence_length=64,
       windows='contiguous',
-      eval_every_steps=500,
+      eval_every_steps=300,
       eval_max_tokens=50_000,
-      checkpoint_every_steps=500,
+      checkpoint_every_steps=300,
       sample_tokens=150,
     ),
   )

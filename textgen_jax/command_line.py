@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import difflib
+import errno
 import inspect
 import pathlib
 import re
@@ -18,6 +19,10 @@ from textgen_jax import errors
 from textgen_jax import experiment as experiment_lib
 from textgen_jax.models import build
 
+# A path that can't be one: the user's mistake, not the machine's.
+NAMES_NOTHING = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+OUT_OF_MEMORY = re.compile('RESOURCE_EXHAUSTED|[Oo]ut of memory')  # how XLA's RuntimeErrors tell it
+
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
   """Calls `main(argv)` and gives the exit code; a RunError becomes one line on stderr."""
@@ -28,8 +33,18 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
     return error.exit_code
   except KeyboardInterrupt:
-    print('interrupted', file=sys.stderr)
+    print('error: interrupted; nothing was left unsaved', file=sys.stderr)
     return 130
+  except OSError as error:
+    print(f'error: {error.filename or "a file"}: {error.strerror or error}', file=sys.stderr)
+    return errors.UserError.exit_code if error.errno in NAMES_NOTHING else errors.MachineFailed.exit_code
+  except (MemoryError, RuntimeError) as error:
+    if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+      raise
+    first = (str(error).splitlines() or ['MemoryError'])[0][:200]
+    hint = 'a smaller model.dim, training.batch_size or training.sequence_length takes less'
+    print(f'error: out of memory: {first}; {hint}', file=sys.stderr)
+    return errors.MachineFailed.exit_code
   return 0
 
 

@@ -137,6 +137,8 @@ def check_types(config: Any, prefix: str = '') -> None:
       check_types(value, name + '.')
     elif not _fits(value, hint):
       raise errors.UserError(f'{name}={value!r} is not of type {type_name(hint)}')
+    elif hint is int and value >= 2**31 and name != 'seed':
+      raise errors.UserError(f'{name}={value} is not below 2**31')
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -48,10 +48,8 @@ def train(experiment: experiment_lib.Experiment, directory: str | os.PathLike, h
   """
   try:
     with contextlib.ExitStack() as stack:
-      with signals.caught(progress.say) as stopped:
-        trainer = _Trainer(assembly.Parts(experiment, pathlib.Path(directory), hook), stack)
-        train_state = trainer.run(stopped)
-      return trainer.finish(train_state)  # all is saved: a signal may end this at once
+      trainer = _Trainer(assembly.Parts(experiment, pathlib.Path(directory), hook), stack)
+      return trainer.finish(trainer.run())
   except OSError as error:
     raise errors.MachineFailed(f'{error.filename or directory}: {error.strerror or error}') from error
 
@@ -69,12 +67,14 @@ class _Trainer:
     self.skipped = 0  # steps without an update, as last logged
     self.applied_step = 0  # the last log line before which an update was applied
 
-  def run(self, stopped: list[int]) -> state.TrainState:
-    """Everything up to the last step's checkpoint."""
+  def run(self) -> state.TrainState:
+    """Everything up to the last step's checkpoint. Before and after the loop all is saved: a signal ends that at once."""
     train_state, self.first = self.start()
     self.writer = self.stack.enter_context(contextlib.closing(metrics.Writer(self.directory, self.first)))
     if self.first < self.config.num_steps:
-      return self.loop(train_state, self.first, stopped)
+      compiled = self.compile(train_state, self.first)
+      with signals.caught(progress.say) as stopped:
+        return self.loop(compiled, train_state, self.first, stopped)
     progress.say(f'{self.directory} has trained {self.first} steps already; training.num_steps={self.config.num_steps} asks for no more')
     return train_state
 
@@ -103,7 +103,7 @@ class _Trainer:
     workdir.write_config(self.directory, parts.experiment, parts.tokenizer)
     self.about = {
       'experiment': experiment_lib.to_json(parts.experiment),
-      'tokenizer': checkpoints.read_files(self.directory / 'tokenizer'),
+      'tokenizer': workdir.tokenizer_files(parts.tokenizer),
       'fingerprint': parts.fingerprint,
     }
     for line in parts.changes:
@@ -126,10 +126,9 @@ class _Trainer:
       raise errors.UserError(f'init_from={source!r} has other parameters: {"; ".join(wrong[:5])}')
     return jax.device_put(other.params, self.parts.shardings.params)
 
-  def loop(self, train_state: state.TrainState, first: int, stopped: list[int]) -> state.TrainState:
+  def loop(self, compiled: Any, train_state: state.TrainState, first: int, stopped: list[int]) -> state.TrainState:
     """Trains from step `first` on. Step n is dispatched before step n - 1's numbers are read."""
     c = self.config
-    compiled = self.compile(train_state, first)
     asked = experiment_lib.parse_profile_steps(c.profile_steps)
     profiled = range(max(asked.start, first + 1), asked.stop)
     running: collections.deque[step.Sums] = collections.deque()

@@ -93,6 +93,13 @@ def tokenizer_from(files: Any) -> text_base.Tokenizer:
     return text_build.load(directory)
 
 
+def tokenizer_files(tokenizer: text_base.Tokenizer) -> dict[str, Any]:
+  """The reverse of `tokenizer_from`."""
+  with tempfile.TemporaryDirectory() as directory:
+    tokenizer.save(directory)
+    return checkpoints.read_files(pathlib.Path(directory))
+
+
 def latest_about(workdir: pathlib.Path) -> dict[str, Any] | None:
   """What the latest checkpoint says of itself; None where none was ever written."""
   if not has_checkpoints(workdir):

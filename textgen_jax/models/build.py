@@ -23,6 +23,8 @@ ATTENTIONS = {
   'softmax': 'textgen_jax.models.attention.Attention',
 }
 
+MAX_LAYERS = 1000
+
 CHOICES: dict[str, Collection[str]] = {
   'position': ('rotary', 'learned'),
   'norm': ('rms', 'layer'),
@@ -63,6 +65,8 @@ def check(config: ModelConfig) -> None:
       raise errors.UserError(f'model.{field.name}={value!r} is not in [0, 1)')
   for name in ('dim', 'num_layers', 'vocab_multiple'):
     _at_least(config, name, 1)
+  if config.num_layers > MAX_LAYERS:
+    raise errors.UserError(f'model.num_layers={config.num_layers} is above {MAX_LAYERS}: each layer is traced by itself')
   if isinstance(config, lstm.LSTMConfig):
     if not math.isfinite(config.forget_bias):
       raise errors.UserError(f'model.forget_bias={config.forget_bias} is not a finite number')

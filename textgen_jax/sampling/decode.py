@@ -31,7 +31,7 @@ class Knobs(NamedTuple):
     return cls(
       # Draws are argmax below 1e-30 and uniform above 1e30 as it is; further out float32 has no reciprocal, and 0 * -inf is NaN.
       jnp.asarray(np.where(temperature > 0, np.clip(temperature, 1e-30, 1e30), 0.0), jnp.float32),
-      np.minimum(gather('top_k', np.int64), 2**31 - 1).astype(np.int32),
+      gather('top_k', np.int32),
       gather('top_p', np.float32),
       gather('min_p', np.float32),
       keys,

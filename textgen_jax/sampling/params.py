@@ -26,10 +26,10 @@ class SamplingParams:
 
     need('max_new_tokens', self.max_new_tokens >= 0, 'at least 0')
     need('temperature', math.isfinite(self.temperature) and self.temperature >= 0, 'a finite number of at least 0')
-    need('top_k', self.top_k >= 0, 'at least 0')
+    need('top_k', 0 <= self.top_k < 2**31, 'at least 0 and below 2**31')
     need('top_p', 0 < self.top_p <= 1, 'in (0, 1]')
     need('min_p', 0 <= self.min_p <= 1, 'in [0, 1]')
     need('seed', 0 <= self.seed < 2**32, 'in [0, 2**32)')
-    need('num_samples', self.num_samples >= 1, 'at least 1')
+    need('num_samples', 1 <= self.num_samples < 2**20, 'at least 1 and below 2**20')
     need('stop', not isinstance(self.stop, str), 'a sequence of texts, but one text')
     need('stop', all(self.stop), 'made of texts with at least one character')

@@ -29,7 +29,7 @@ def _main(argv: Sequence[str]) -> None:
   values = flags.FlagValues()
   flags.DEFINE_string('workdir', None, 'where the model was trained', flag_values=values)
   flags.DEFINE_string('checkpoint', 'best', 'best (by val loss), latest, or a step', flag_values=values)
-  flags.DEFINE_string('split', 'val', 'val or test, of the text that the model was trained on', flag_values=values)
+  flags.DEFINE_string('split', None, 'val (which is the default) or test, of the text that the model was trained on', flag_values=values)
   flags.DEFINE_string('data', None, 'a file to score instead', flag_values=values)
   if command_line.wants_help(argv):
     print(f'{__doc__}\n{values.get_help()}')
@@ -37,11 +37,14 @@ def _main(argv: Sequence[str]) -> None:
   command_line.parse_flags(values, argv)
   if not values.workdir:
     raise errors.UserError('--workdir is missing: name the directory that train.py wrote to')
+  if values.split and values.data:
+    raise errors.UserError('--split and --data: give one of them')
   compilation.keep_compiled()
   trained = workdir.load(values.workdir, values.checkpoint)
-  tokens = _read(trained, values.data) if values.data else _split(trained, values.split)
+  split = values.split or 'val'
+  tokens = _read(trained, values.data) if values.data else _split(trained, split)
   if len(tokens) < 2:
-    raise errors.UserError(f'{values.data or "split=" + values.split} has {len(tokens)} tokens: at least 2 are needed')
+    raise errors.UserError(f'{values.data or "split=" + split} has {len(tokens)} tokens: at least 2 are needed')
   training = trained.experiment.training
   score = evaluate.evaluate(
     trained.model,
@@ -58,7 +61,7 @@ def _main(argv: Sequence[str]) -> None:
     'bits_per_byte': score.bits_per_byte,
     'tokens': score.tokens,
     'bytes': score.bytes,
-    'text': values.data or values.split,
+    'text': values.data or split,
     'step': trained.step,
   }
   print(json.dumps(row))

@@ -82,14 +82,17 @@ class Checkpoints:
 
   def val_loss(self, step: int) -> float | None:
     """What the step's whole record says; None where it wasn't evaluated."""
-    metrics = self._manager.metrics(step)
+    try:
+      metrics = self._manager.metrics(step)
+    except Exception as error:  # as in _restore
+      raise self._unreadable(step, error) from error
     loss = (metrics or {}).get('val_loss')
     return loss if loss is not None and np.isfinite(loss) else None
 
   def about(self, step: int) -> dict[str, Any]:
     about = self._restore(step, about=ocp.args.JsonRestore())['about']
-    if about.get('format') != FORMAT:
-      raise errors.NoGoodCheckpoint(f'{self._directory}/{step} is of format {about.get("format")}, and this version reads {FORMAT}')
+    if not isinstance(about, dict) or about.get('format') != FORMAT:
+      raise errors.NoGoodCheckpoint(f'{self._directory}/{step} is not of format {FORMAT}, which this version reads')
     return about
 
   def restore(self, step: int, abstract: state.TrainState) -> state.TrainState:
@@ -106,7 +109,10 @@ class Checkpoints:
     try:
       return self._manager.restore(step, args=ocp.args.Composite(**args))
     except Exception as error:  # orbax raises nearly anything on damaged files
-      raise errors.NoGoodCheckpoint(f'{self._directory}/{step}: the checkpoint could not be read: {first_line(error)}') from error
+      raise self._unreadable(step, error) from error
+
+  def _unreadable(self, step: int, error: Exception) -> errors.NoGoodCheckpoint:
+    return errors.NoGoodCheckpoint(f'{self._directory}/{step}: the checkpoint could not be read: {first_line(error)}')
 
   def wait(self) -> None:
     """Until what was begun is on disk; raises what it failed with."""
