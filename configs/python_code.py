@@ -1,6 +1,9 @@
 """A byte Transformer on the Python standard library's own source, which needs no download.
 
   python train.py --config=configs/python_code.py --workdir=runs/python_code
+
+Cost: about three minutes on two CPU cores. Score: 1.231 nats, 1.776 bits per byte on the
+whole val split (30 files of Python 3.11.7's library; another version's differ).
 """
 
 from textgen_jax import experiment

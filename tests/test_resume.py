@@ -17,7 +17,7 @@ from textgen_jax import trees
 
 ROOT = pathlib.Path(__file__).parent.parent
 KILLS = int(os.environ.get('TEXTGEN_JAX_KILLS', '3'))  # of each model
-NUM_STEPS = 60
+NUM_STEPS = max(60, 30 * KILLS)  # so that kills still find the run under way
 MODELS = {
   'transformer': "transformer.TransformerConfig(dim=16, num_layers=1, num_heads=2, dropout=0.1), 'random'",
   'lstm': "lstm.LSTMConfig(dim=16, num_layers=1, dropout=0.1), 'contiguous'",
