@@ -94,5 +94,8 @@ def evaluate(
         break
       nll_B, cache = nll_sums(model, params, cache, put(part))
       sums.append(nll_B)
-  # Fetched once at the end, so that the device never waits; added in float64.
+      if len(sums) > 1:
+        # Two calls in flight keep the device busy; a long queue of collectives can lock up several CPU devices.
+        jax.block_until_ready(sums[-2])
+  # Added in float64.
   return Score(float(np.concatenate(jax.device_get(sums)).astype(np.float64).sum()), token_count, byte_count)
