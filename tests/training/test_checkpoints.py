@@ -190,3 +190,15 @@ def test_files_travel_by_name(tmp_path):
     with pytest.raises(errors.NoGoodCheckpoint, match='lies elsewhere'):
       checkpoints.write_files(tmp_path / 'b', {name: {}})
   assert not (tmp_path / 'outside.json').exists()
+
+
+@pytest.mark.parametrize(('file', 'content'), [('metrics/metrics', '{'), ('about/metadata', '[]'), ('about/metadata', '{')])
+def test_a_damaged_record_is_no_good_checkpoint(tmp_path, file, content):
+  kept = checkpoints.Checkpoints(tmp_path)
+  save(kept, 5, 1.0)
+  kept.close()
+  path = tmp_path / 'checkpoints/5' / file
+  assert path.exists()
+  path.write_text(content)
+  with pytest.raises(errors.NoGoodCheckpoint):
+    checkpoints.Checkpoints(tmp_path, read_only=True).about(5)

@@ -31,28 +31,29 @@ class Checkpoints:
   def __init__(self, workdir: pathlib.Path, keep_latest: int = 1, read_only: bool = False):
     self._directory = workdir.absolute() / 'checkpoints'
     managers = ocp.checkpoint_managers
-    self._manager = ocp.CheckpointManager(
-      self._directory,
-      options=ocp.CheckpointManagerOptions(
-        create=not read_only,
-        read_only=read_only,
-        preservation_policy=managers.AnyPreservationPolicy(
-          [
-            managers.LatestN(keep_latest),
-            # A step whose record is missing is what a process left that was killed while it deleted.
-            managers.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
-          ]
-        ),
-        best_fn=_score,
-        best_mode='max',
-        cleanup_tmp_directories=not read_only,
+    options = ocp.CheckpointManagerOptions(
+      create=not read_only,
+      read_only=read_only,
+      preservation_policy=managers.AnyPreservationPolicy(
+        [
+          managers.LatestN(keep_latest),
+          # A step whose record is missing is what a process left that was killed while it deleted.
+          managers.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
+        ]
       ),
-      item_handlers={
-        'params': ocp.StandardCheckpointHandler(),
-        'state': ocp.StandardCheckpointHandler(),
-        'about': ocp.JsonCheckpointHandler(),
-      },
+      best_fn=_score,
+      best_mode='max',
+      cleanup_tmp_directories=not read_only,
     )
+    handlers = {
+      'params': ocp.StandardCheckpointHandler(),
+      'state': ocp.StandardCheckpointHandler(),
+      'about': ocp.JsonCheckpointHandler(),
+    }
+    try:
+      self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+    except ValueError as error:  # a step's metrics that are no JSON
+      raise errors.NoGoodCheckpoint(f'{self._directory}: the checkpoints could not be listed: {first_line(error)}') from error
 
   def save(self, step: int, train_state: state.TrainState, about: dict[str, Any], val_loss: float | None) -> None:
     """Begins to save in the background; raises what an earlier save failed with."""
