@@ -1,5 +1,8 @@
 """What can go wrong for a user, each kind with the exit code that scripts rely on."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class RunError(Exception):
   """Ends a command with one line on stderr and `exit_code`, without a traceback."""
@@ -37,3 +40,10 @@ class Stopped(RunError):
   def __init__(self, message: str, signal_number: int):
     super().__init__(message)
     self.exit_code = 128 + signal_number
+
+
+def not_among(field: str, value: str, choices: Iterable[str]) -> UserError:
+  """The error for a value that is none of a field's choices, with the nearest of them."""
+  choices = list(choices)
+  near = difflib.get_close_matches(value, choices, 1)
+  return UserError(f'{field}={value!r} is none of {", ".join(choices)}' + (f'; did you mean {near[0]!r}?' if near else ''))

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import difflib
 import importlib
 import math
 from collections.abc import Collection
@@ -58,9 +57,7 @@ def check(config: ModelConfig) -> None:
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if field.name in CHOICES and value not in CHOICES[field.name]:
-      near = difflib.get_close_matches(str(value), CHOICES[field.name], 1)
-      hint = f'; did you mean {near[0]!r}?' if near else ''
-      raise errors.UserError(f'model.{field.name}={value!r} is none of {", ".join(CHOICES[field.name])}{hint}')
+      raise errors.not_among(f'model.{field.name}', value, CHOICES[field.name])
     if field.name.endswith('dropout') and not 0 <= value < 1:
       raise errors.UserError(f'model.{field.name}={value!r} is not in [0, 1)')
   for name in ('dim', 'num_layers', 'vocab_multiple'):

@@ -1,7 +1,6 @@
 """AdamW behind a clip by global norm, with a table of what decays."""
 
 import dataclasses
-import difflib
 import math
 from typing import Any
 
@@ -49,9 +48,7 @@ def check(config: OptimizerConfig) -> None:
   for name in ('warmup_steps', 'schedule_steps'):
     need(name, getattr(config, name) >= 0, 'at least 0')
   if config.schedule not in schedules.KINDS:
-    near = difflib.get_close_matches(config.schedule, schedules.KINDS, 1)
-    hint = f'; did you mean {near[0]!r}?' if near else ''
-    raise errors.UserError(f'optimizer.schedule={config.schedule!r} is none of {", ".join(schedules.KINDS)}{hint}')
+    raise errors.not_among('optimizer.schedule', config.schedule, schedules.KINDS)
 
 
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:

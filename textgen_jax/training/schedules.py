@@ -31,7 +31,7 @@ def build(kind: str, *, peak: float, final: float, warmup_steps: int, total_step
     decay = min(rest, max(1, round(decay_fraction * total_steps)))
     after = optax.linear_schedule(peak, final, decay, transition_begin=rest - decay)
   else:
-    raise errors.UserError(f'optimizer.schedule={kind!r} is none of {", ".join(KINDS)}')
+    raise errors.not_among('optimizer.schedule', kind, KINDS)
   if not warmup_steps:
     return after
   warmup = optax.linear_schedule(peak / warmup_steps, peak, max(1, warmup_steps - 1))
