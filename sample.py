@@ -5,6 +5,7 @@
 Results go to stdout (or --output), diagnostics to stderr. Equal flags give equal text.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -50,7 +51,13 @@ def _define_flags() -> flags.FlagValues:
     flags.DEFINE_float(name, value, help_text, flag_values=values)
   flags.DEFINE_multi_string('prompt', [], 'what the text begins with; may be repeated; none: a document start', flag_values=values)
   flags.DEFINE_multi_string('stop', [], 'end before this text; may be repeated', flag_values=values)
-  flags.DEFINE_bool('stream', False, 'show one text as it is made', flag_values=values)
+  switches = {
+    'stop_at_end': (defaults.stop_at_end, 'end where the model ends its document; else the next one follows'),
+    'allow_unknown': (defaults.allow_unknown, 'may draw the token for what has no id of its own, such as <unk>'),
+    'stream': (False, 'show one text as it is made'),
+  }
+  for name, (on, help_text) in switches.items():
+    flags.DEFINE_bool(name, on, help_text, flag_values=values)
   return values
 
 
@@ -64,10 +71,8 @@ def _main(argv: Sequence[str]) -> None:
     raise errors.UserError('--workdir is missing: name the directory that train.py wrote to')
   if values.format not in ('text', 'jsonl'):
     raise errors.UserError(f'format={values.format!r} is none of text, jsonl')
-  settings = params.SamplingParams(
-    **{name: getattr(values, name) for name in ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'min_p', 'seed', 'num_samples')},
-    stop=tuple(values.stop),
-  )
+  taken = {field.name: getattr(values, field.name) for field in dataclasses.fields(params.SamplingParams)}
+  settings = params.SamplingParams(**{**taken, 'stop': tuple(values.stop)})
   if values.prompt and values.prompts_file:
     raise errors.UserError('--prompt and --prompts_file: give one of them')
   prompts = read_prompts(pathlib.Path(values.prompts_file)) if values.prompts_file else values.prompt or ['']

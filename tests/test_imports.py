@@ -14,7 +14,7 @@ ROOT = pathlib.Path(textgen_jax.__file__).parent
 # From the bottom up; a module may import from its own line and from those above it.
 ORDER = [
   {'axes', 'errors', 'trees'},
-  {'text'},
+  {'text', 'statistics'},
   {'data'},
   {'models'},
   {'sharding'},

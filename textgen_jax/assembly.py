@@ -60,11 +60,13 @@ class Parts:
   def _read_text(self) -> None:
     e, c = self.experiment, self.experiment.training
     prepared = prepare.prepare(e.data, e.tokenizer)
-    self.tokenizer, self.val_tokens = prepared.tokenizer, prepared.splits['val']
+    self.tokenizer, self.val = prepared.tokenizer, prepared.splits['val']
+    self._check_tokenizer()
+    self.end_of_text = prepared.tokenizer.special_ids['end_of_text'] if c.mask_documents else None
     make = windows.ContiguousStreams if c.windows == 'contiguous' else windows.RandomWindows
-    self.windows = make(prepared.splits['train'], e.seed, c.batch_size, c.sequence_length)
-    if len(self.val_tokens) < 2:
-      raise errors.UserError(f'the val split has {len(self.val_tokens)} tokens: data.val_fraction leaves too little to score')
+    self.windows = make(prepared.splits['train'], e.seed, c.batch_size, c.sequence_length, self.end_of_text)
+    if not self.val.documents['tokens'].sum():
+      raise errors.UserError('the val split has no token to score: data.val_fraction leaves too little, or data.loss_on_replies finds no reply')
     try:
       generate.prompt_ids(self.tokenizer, c.sample_prompt)
     except errors.UserError as error:
@@ -73,6 +75,15 @@ class Parts:
     if self.stored and self.stored['fingerprint'] != self.fingerprint:
       change = f'fingerprint {self.stored["fingerprint"][:12]} -> {self.fingerprint[:12]}'
       raise errors.UserError(f'workdir={str(self.directory)!r} was trained on other text: data {change}')
+
+  def _check_tokenizer(self) -> None:
+    """A run goes on with the tokenizer that its ids are of."""
+    ours = self.tokenizer.fingerprint()
+    if self.stored and self.stored.get('tokenizer_sha256') != ours:
+      theirs = str(self.stored.get('tokenizer_sha256'))
+      raise errors.UserError(
+        f"workdir={str(self.directory)!r}: its checkpoint's tokenizer has SHA-256 {theirs[:12]}, and this text's has {ours[:12]}"
+      )
 
   def batch(self, index: int) -> Any:
     """The batch of step `index`, on the devices."""

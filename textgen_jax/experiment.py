@@ -23,6 +23,7 @@ class TrainingConfig:
   batch_size: int = 64  # rows over all devices
   sequence_length: int = 256  # tokens a row; the context that the model is trained on
   windows: str = 'random'  # random | contiguous (streams that carry a recurrent state from batch to batch)
+  mask_documents: bool = False  # no document sees what stands before it in its row: attention stops, carried states begin anew
   accumulation_steps: int = 1  # micro-batches that a batch is split into, by rows
   log_every_steps: int = 10
   eval_every_steps: int = 500  # 0: only at the end
@@ -52,9 +53,10 @@ class Experiment:
 
 
 # Fields that may differ when a run goes on: none changes a step but for rounding on another mesh.
-# Where the text lies isn't compared: that it is the same text is told by its fingerprint.
+# Where text and tokenizer lie isn't compared: that they are the same is told by their fingerprints.
 MAY_CHANGE = frozenset(
-  ['training.num_steps', 'training.keep_checkpoints', 'training.profile_steps', 'data.corpus', 'data.path', 'data.val_fraction']
+  ['training.num_steps', 'training.keep_checkpoints', 'training.profile_steps', 'tokenizer.model_path']
+  + [f'data.{name}' for name in ('corpus', 'path', 'field', 'mixture', 'val_fraction')]
   + [f'training.{name}_every_steps' for name in ('log', 'eval', 'checkpoint', 'sample')]
   + [f'training.{name}' for name in ('eval_batch_size', 'sample_prompt', 'sample_temperatures', 'sample_tokens')]
   + ['sharding.data', 'sharding.fsdp', 'sharding.rules']

@@ -17,7 +17,7 @@ import jax
 
 from textgen_jax import assembly, errors, signals, trees, workdir
 from textgen_jax import experiment as experiment_lib
-from textgen_jax.data import prefetch
+from textgen_jax.data import prefetch, tokens
 from textgen_jax.models import base
 from textgen_jax.sampling import generate
 from textgen_jax.sampling.params import SamplingParams
@@ -59,7 +59,6 @@ class _Trainer:
 
   def __init__(self, parts: assembly.Parts, stack: contextlib.ExitStack):
     self.parts, self.config, self.directory, self.stack = parts, parts.experiment.training, parts.directory, stack
-    self.byte_lengths = parts.tokenizer.byte_lengths()
     self.flops_per_token = base.flops_per_token(parts.model, parts.abstract.params, self.config.sequence_length)
     self.peak_flops = metrics.peak_flops()
     self.best = float('inf')  # lowest val loss so far
@@ -104,6 +103,7 @@ class _Trainer:
     self.about = {
       'experiment': experiment_lib.to_json(parts.experiment),
       'tokenizer': workdir.tokenizer_files(parts.tokenizer),
+      'tokenizer_sha256': parts.tokenizer.fingerprint(),
       'fingerprint': parts.fingerprint,
     }
     for line in parts.changes:
@@ -233,25 +233,25 @@ class _Trainer:
     return evaluate.evaluate(
       parts.free_model,
       params,
-      parts.val_tokens[: max_tokens or len(parts.val_tokens)],
-      self.byte_lengths,
-      length=c.sequence_length,
+      tokens.prefix(parts.val, max_tokens or len(parts.val.tokens)),
+      evaluate.Reading(length=c.sequence_length, carried=c.windows == 'contiguous', end_of_text=parts.end_of_text),
+      standardizes=parts.tokenizer.standardizes,
       batch_size=-(-c.eval_batch_size // parts.row_ways) * parts.row_ways,
       divisor=parts.row_ways,
       put=parts.put,
-      row_chunks=evaluate.row_chunks(c.windows == 'contiguous', c.sequence_length),
     )
 
   def is_whole(self, score: evaluate.Score) -> bool:
-    return score.tokens == len(self.parts.val_tokens) - 1
+    return score.tokens == self.parts.val.documents['tokens'].sum()
 
   def report(self, done: int, score: evaluate.Score, write: bool = True) -> None:
     values = {'loss': score.loss_nats, 'bits_per_byte': score.bits_per_byte, 'perplexity': score.perplexity, 'tokens': score.tokens}
+    bits = 'no bits per byte' if score.bits_per_byte is None else f'{score.bits_per_byte:.4f} bits per byte'
     whole = self.is_whole(score)
     if write:
       self.writer.write(done, {f'val{"" if whole else "_prefix"}/{name}': metrics.jsonable(value) for name, value in values.items()})
     progress.say(
-      f'step {done}  val loss {score.loss_nats:.4f} nats  {score.bits_per_byte:.4f} bits per byte  perplexity {score.perplexity:.3f}'
+      f'step {done}  val loss {score.loss_nats:.4f} nats  {bits}  perplexity {score.perplexity:.3f}'
       f'  ({"whole split" if whole else "its beginning"}, {score.tokens:,} tokens)'
     )
 

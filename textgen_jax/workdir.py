@@ -50,6 +50,11 @@ def load(workdir: str | os.PathLike, checkpoint: str = 'best') -> Trained:
   about = kept.about(step)
   experiment = experiment_lib.from_json(about.get('experiment'), f'{path}/checkpoints/{step}')
   tokenizer = tokenizer_from(about.get('tokenizer'))
+  if tokenizer.fingerprint() != about.get('tokenizer_sha256'):
+    raise errors.UserError(
+      f'{path}/checkpoints/{step}: the tokenizer has SHA-256 {tokenizer.fingerprint()[:12]}, not the {str(about.get("tokenizer_sha256"))[:12]}'
+      ' that the checkpoint was trained with'
+    )
   model = build.build(experiment.model, tokenizer.vocab_size, experiment.training.sequence_length)
   params = kept.restore_params(step, abstract_params(model))
   kept.close()

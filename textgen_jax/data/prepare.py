@@ -1,132 +1,345 @@
-"""Text to tokens on disk: once for each corpus and tokenizer, then only opened."""
+"""Text to tokens on disk: once for each text and tokenizer, in bounded memory, going on where it was stopped; then only opened."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
+import os
 import pathlib
 import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tqdm
 
 from textgen_jax import errors
-from textgen_jax.data import corpora, downloads
+from textgen_jax.data import corpora, documents, downloads, encode, tokens
 from textgen_jax.text import base, build
 
-FORMAT = 1  # counts changes to the files below or to how documents are joined
+FORMAT = 2  # counts changes to the files below or to how documents are joined
+JOURNAL_JOBS = 16  # jobs between two notes of how far it has come: what is done again after a kill
+PARALLEL_CHARACTERS = 1 << 24  # less is encoded before a worker has started
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedData:
   """Tokens of each split, and what made them.
 
-  `description` holds `format`, `corpus` (its name), `corpus_key`, `tokenizer` (its fingerprint) and `splits`: for each one its
-  `tokens`, `bytes` (UTF-8, that the tokens stand for), `documents`, `sha256` (of the file) and `dtype`.
+  `description` holds `format`, `corpus` (its name), `determined_by`, `tokenizer` (its fingerprint) and `splits`: for each one its
+  `tokens`, `dtype`, `documents` (how many), `ranges` (of each corpus: start, stop, weight) and `sha256` of its files by suffix.
   """
 
   tokenizer: base.Tokenizer
-  splits: dict[str, np.memmap]  # [N] each, of the smallest unsigned type that holds the vocabulary
+  splits: dict[str, tokens.Split]
   description: dict[str, Any]
-  fingerprint: str              # SHA-256 (hex) of the tokenizer and of every split's tokens
+  fingerprint: str  # SHA-256 (hex) of the tokenizer and of every split's tokens
   directory: pathlib.Path
+
+  def names(self, split: str) -> list[str]:
+    """The documents' names, in order."""
+    with open(self.directory / f'{split}.names', encoding='utf-8') as file:
+      return [json.loads(line) for line in file]
 
 
 def prepare(data: corpora.DataConfig, tokenizer: base.TokenizerConfig) -> PreparedData:
   """Trains the tokenizer on the training split and tokenises every split, or opens what an earlier call left in the cache.
 
-  In a split, documents follow each other in order, each after the first preceded by the token `document_start`.
+  In a split each document follows the token `end_of_text`, and one more ends the last.
 
   Raises:
     UserError: wrong configuration, text that can't be read, or a character that the tokenizer doesn't know.
     MachineFailed: a download or a write failed.
   """
   build.check(tokenizer)
-  corpus = corpora.open_corpus(data)
-  determined_by = [FORMAT, corpus.key, dataclasses.asdict(tokenizer)]
+  opened = corpora.open_corpora(data)
+  name = data.mixture or opened[0][0].name
+  determined_by = [FORMAT, [[corpus.key, weight] for corpus, weight in opened], data.loss_on_replies, _tokenizer_key(tokenizer)]
   key = hashlib.sha256(json.dumps(determined_by, sort_keys=True).encode()).hexdigest()[:32]
   directory = downloads.cache_directory() / 'prepared' / key
   with downloads.locked(directory.with_suffix('.lock')):
-    prepared = _open(directory, corpus.name)
+    prepared = _open(directory, name)
     if prepared is None:
-      try:
-        _write(directory, corpus, tokenizer)
-      except OSError as error:
-        raise errors.MachineFailed(f"can't write {directory}: {error.strerror}; TEXTGEN_JAX_CACHE sets another place") from error
-      prepared = _open(directory, corpus.name)
+      partial = directory.with_suffix('.partial')  # the lock is ours: what stands there is a dead process's
+      with _whole_or_nothing(partial):
+        train = functools.partial(build.train, tokenizer, _training_texts([corpus for corpus, _ in opened]))
+        _write(partial, opened, data.loss_on_replies, train, {'format': FORMAT, 'corpus': name, 'determined_by': determined_by})
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+      prepared = _open(directory, name)
   if prepared is None:
     raise errors.MachineFailed(f"{directory} was written and can't be read back: check the disk")
   return prepared
 
 
-def _open(directory: pathlib.Path, corpus_name: str) -> PreparedData | None:
-  """What is prepared in `directory`; None where it is missing or damaged (a file's size isn't the described one)."""
+@contextlib.contextmanager
+def tokenised(corpus: documents.Corpus, tokenizer: base.Tokenizer, only_replies: bool = False) -> Iterator[PreparedData]:
+  """A corpus in a tokenizer's ids, on disk until the context ends."""
+  with tempfile.TemporaryDirectory(prefix='textgen_jax_') as folder:
+    directory = pathlib.Path(folder, 'tokens')
+    with _whole_or_nothing(directory):
+      _write(directory, [(corpus, 1.0)], only_replies, lambda: tokenizer, {'format': FORMAT, 'corpus': corpus.name})
+    prepared = _open(directory, corpus.name)
+    if prepared is None:
+      raise errors.MachineFailed(f"{directory} was written and can't be read back: check the disk")
+    yield prepared
+
+
+@contextlib.contextmanager
+def _whole_or_nothing(directory: pathlib.Path) -> Iterator[None]:
+  """Leaves nothing behind where an error ends it; what a signal ends can be gone on with."""
+  try:
+    yield
+  except OSError as error:
+    shutil.rmtree(directory, ignore_errors=True)
+    raise errors.MachineFailed(f"can't write {directory}: {error.strerror}; TEXTGEN_JAX_CACHE sets another place") from error
+  except errors.RunError:
+    shutil.rmtree(directory, ignore_errors=True)
+    raise
+
+
+def _tokenizer_key(config: base.TokenizerConfig) -> dict[str, Any]:
+  fields = dataclasses.asdict(config)
+  if config.model_path:  # what it holds decides, not where it lies
+    try:
+      fields['model_path'] = hashlib.sha256(pathlib.Path(config.model_path).read_bytes()).hexdigest()
+    except OSError as error:
+      raise errors.UserError(f"tokenizer.model_path={config.model_path!r} can't be read: {error.strerror}") from error
+  return fields
+
+
+def _training_texts(opened: list[documents.Corpus]) -> Iterator[str]:
+  """The training split's text, in parts that end with a line where there are lines."""
+  for corpus in opened:
+    for document in corpus.read('train'):
+      held = ''
+      for part in document.parts:
+        held += part.text
+        end = held.rfind('\n') + 1
+        if len(held) >= encode.JOB_CHARACTERS and end:
+          yield held[:end]
+          held = held[end:]
+      if held:
+        yield held
+
+
+def _open(directory: pathlib.Path, name: str) -> PreparedData | None:
+  """What is prepared in `directory`; None where it is missing or damaged."""
   try:
     description = json.loads((directory / 'description.json').read_bytes())
     tokenizer = build.load(directory / 'tokenizer')
-    splits = {}
-    for split, about in description['splits'].items():
-      splits[split] = np.memmap(directory / f'{split}.bin', about['dtype'], 'r')
-      if len(splits[split]) != about['tokens']:
-        return None
     if tokenizer.fingerprint() != description['tokenizer']:
       return None
+    splits = {split: _open_split(directory, split, about) for split, about in description['splits'].items()}
   except (OSError, ValueError, KeyError, TypeError, AttributeError, errors.UserError):
     return None
   # Two paths may hold the same text: the name is the caller's.
-  description['corpus'] = corpus_name
-  return PreparedData(tokenizer, splits, description, _fingerprint(description), directory)
+  description['corpus'] = name
+  hashes = {split: {**about['sha256'], 'ranges': about['ranges']} for split, about in description['splits'].items()}
+  for one in hashes.values():
+    del one['names']
+  fingerprint = hashlib.sha256(json.dumps([FORMAT, description['tokenizer'], hashes], sort_keys=True).encode()).hexdigest()
+  return PreparedData(tokenizer, splits, description, fingerprint, directory)
 
 
-def _write(directory: pathlib.Path, corpus: corpora.Corpus, config: base.TokenizerConfig) -> None:
-  splits = corpus.documents()
-  tokenizer = build.train(config, [document.text for document in splits['train']])
-  partial = directory.with_suffix('.partial')  # the lock is ours: what stands there is a dead process's
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir()
-  try:
-    tokenizer.save(partial / 'tokenizer')
-    characters = sum(len(document.text) for documents in splits.values() for document in documents)
-    with tqdm.tqdm(total=characters, unit='char', unit_scale=True, desc='tokenise', disable=None) as bar:
-      about = {split: _write_split(partial, split, documents, tokenizer, bar) for split, documents in splits.items() if documents}
-    description = {
-        'format': FORMAT,
-        'corpus': corpus.name,
-        'corpus_key': corpus.key,
-        'tokenizer': tokenizer.fingerprint(),
-        'splits': about,
-    }
-    (partial / 'description.json').write_text(json.dumps(description, indent=2) + '\n')
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+def _open_split(directory: pathlib.Path, split: str, about: dict[str, Any]) -> tokens.Split:
+  """Raises ValueError where a file isn't what was written."""
+  for suffix, sha256 in about['sha256'].items():
+    if _sha256(directory / f'{split}.{suffix}') != sha256:
+      raise ValueError(f'{split}.{suffix}')
+  ids = np.memmap(directory / f'{split}.bin', about['dtype'], 'r')
+  records = np.fromfile(directory / f'{split}.documents', tokens.DOCUMENT)
+  is_reply = np.memmap(directory / f'{split}.replies', np.bool_, 'r') if 'replies' in about['sha256'] else None
+  if len(ids) != about['tokens'] or len(records) != about['documents']:
+    raise ValueError(f'{split}.bin')
+  return tokens.Split(ids, records, tuple(tokens.Range(*one) for one in about['ranges']), is_reply)
 
 
-def _write_split(
-    directory: pathlib.Path, split: str, documents: list[corpora.Document], tokenizer: base.Tokenizer, bar: tqdm.tqdm
-) -> dict[str, Any]:
-  dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-  byte_lengths = tokenizer.byte_lengths()
-  start = np.array([tokenizer.special_ids['document_start']], np.int32)
-  digest, tokens, size = hashlib.sha256(), 0, 0
-  with open(directory / f'{split}.bin', 'wb') as file:
-    for index, document in enumerate(documents):
-      try:
-        ids = tokenizer.encode(document.text)
-      except errors.UserError as error:
-        raise errors.UserError(f'split {split}, document {document.name}: {error}') from error
-      if index:
-        ids = np.concatenate([start, ids])
-      data = ids.astype(dtype).tobytes()
-      file.write(data)
-      digest.update(data)
-      tokens += len(ids)
-      size += int(byte_lengths[ids].sum(dtype=np.int64))
-      bar.update(len(document.text))
-  return {'tokens': tokens, 'bytes': size, 'documents': len(documents), 'sha256': digest.hexdigest(), 'dtype': dtype.name}
+def _write(
+  directory: pathlib.Path,
+  opened: list[tuple[documents.Corpus, float]],
+  only_replies: bool,
+  get_tokenizer: Callable[[], base.Tokenizer],
+  description: dict[str, Any],
+) -> None:
+  """Everything into `directory`, where a process that was killed may have left its beginning."""
+  directory.mkdir(exist_ok=True)
+  journal = _Journal(directory)
+  if journal.tokenizer is None:
+    tokenizer = get_tokenizer()
+    tokenizer.save(directory / 'tokenizer')
+    journal.tokenizer = tokenizer.fingerprint()
+    journal.write()
+  else:
+    print(f'going on in {directory}', file=sys.stderr)
+  tokenizer = build.load(directory / 'tokenizer')
+  characters = [corpus.characters for corpus, _ in opened]
+  total = None if None in characters else sum(filter(None, characters))
+  workers = _cores() if (total or 0) > PARALLEL_CHARACTERS else 0
+  names = [split for split in ('train', 'val', 'test') if any(split in corpus.splits for corpus, _ in opened)]
+  with tqdm.tqdm(total=total, unit='char', unit_scale=True, desc='tokenise', disable=None) as bar:
+    for split in names:
+      parts = [(i, corpus) for i, (corpus, _) in enumerate(opened) if split in corpus.splits]
+      with _SplitWriter(directory, split, tokenizer, only_replies, journal) as writer:
+        for i, corpus in parts:
+          prefix = f'{corpus.name}/' if len(opened) > 1 else ''
+          jobs = encode.jobs(encode.pieces(corpus.read(split), tokenizer.cut))
+          written = writer.begin_corpus(i)
+          if written is None:
+            continue
+          for job in itertools.islice(jobs, written):
+            bar.update(sum(len(piece.text) for piece in job))
+          try:
+            for job, encoded in encode.encode_all(tokenizer, jobs, workers):
+              writer.write(job, encoded, prefix)
+              bar.update(sum(len(piece.text) for piece in job))
+          except errors.UserError as error:
+            raise errors.UserError(f'split {split}, {error}') from error
+        writer.end()
+  weights = [weight for _, weight in opened]
+  description |= {'tokenizer': journal.tokenizer, 'splits': {split: _describe(directory, split, journal, weights) for split in names}}
+  journal.path.unlink()
+  (directory / 'description.json').write_text(json.dumps(description, indent=2) + '\n', encoding='utf-8')
 
 
-def _fingerprint(description: dict[str, Any]) -> str:
-  streams = {split: about['sha256'] for split, about in description['splits'].items()}
-  return hashlib.sha256(json.dumps([FORMAT, description['tokenizer'], streams], sort_keys=True).encode()).hexdigest()
+def _describe(directory: pathlib.Path, split: str, journal: '_Journal', weights: list[float]) -> dict[str, Any]:
+  about = journal.splits[split]
+  total = sum(weights[int(i)] for i in about['stops'])
+  starts = [0, *(stop - 1 for stop in about['stops'].values())]
+  ranges = [[start, stop, weights[int(i)] / total] for start, (i, stop) in zip(starts, about['stops'].items(), strict=False)]
+  return {
+    'tokens': about['tokens'],
+    'dtype': about['dtype'],
+    'documents': about['documents'],
+    'ranges': ranges,
+    'sha256': {suffix: _sha256(directory / f'{split}.{suffix}') for suffix in about['sizes']},
+  }
+
+
+class _Journal:
+  """How far a preparation has come, on disk; what lies past it in the files is written anew."""
+
+  def __init__(self, directory: pathlib.Path):
+    self.path = directory / 'journal.json'
+    self.tokenizer: str | None = None  # its fingerprint, once it is saved
+    self.splits: dict[str, dict[str, Any]] = {}
+    try:
+      stored = json.loads(self.path.read_bytes())
+      if build.load(directory / 'tokenizer').fingerprint() == stored['tokenizer']:
+        self.tokenizer, self.splits = stored['tokenizer'], stored['splits']
+    except (OSError, ValueError, KeyError, TypeError, errors.UserError):
+      pass
+
+  def write(self) -> None:
+    temporary = self.path.with_suffix('.tmp')
+    temporary.write_text(json.dumps({'tokenizer': self.tokenizer, 'splits': self.splits}), encoding='utf-8')
+    os.replace(temporary, self.path)
+
+
+class _SplitWriter:
+  """Appends encoded pieces to a split's files.
+
+  Its state is one JSON object, so that a later process can go on: `open` is the record of the document that isn't closed yet.
+  """
+
+  def __init__(self, directory: pathlib.Path, split: str, tokenizer: base.Tokenizer, only_replies: bool, journal: _Journal):
+    self._end_of_text, self._only_replies, self._journal = tokenizer.special_ids['end_of_text'], only_replies, journal
+    self._dtype = encode.id_type(tokenizer.vocab_size)
+    suffixes = ['bin', 'documents', 'names'] + ['replies'] * only_replies
+    self._state = journal.splits.setdefault(split, {
+      'dtype': self._dtype.name, 'tokens': 0, 'documents': 0, 'jobs': 0, 'corpus': -1, 'stops': {}, 'sizes': dict.fromkeys(suffixes, 0),
+      'open': None, 'in_word': False, 'is_reply': False, 'done': False,
+    })  # fmt: skip
+    self._files = {}
+    for suffix, size in self._state['sizes'].items():
+      file = self._files[suffix] = open(directory / f'{split}.{suffix}', 'ab')  # noqa: SIM115, closed by __exit__
+      file.truncate(size)
+      file.seek(size)
+
+  def __enter__(self) -> '_SplitWriter':
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    for file in self._files.values():
+      file.close()
+
+  def begin_corpus(self, index: int) -> int | None:
+    """How many of the corpus's jobs are written already; None where all are."""
+    state = self._state
+    if state['done'] or index < state['corpus']:
+      return None
+    if index > state['corpus']:
+      if state['corpus'] >= 0:
+        state['stops'][str(state['corpus'])] = state['tokens'] + 1  # with the `end_of_text` that the next one begins with
+      state['corpus'], state['jobs'] = index, 0
+    return state['jobs']
+
+  def write(self, job: list[encode.Piece], encoded: list[encode.Encoded], prefix: str) -> None:
+    state = self._state
+    for piece, one in zip(job, encoded, strict=True):
+      if not piece.offset:
+        self._begin_document(prefix + piece.document)
+      self._append(one.ids, piece.is_reply)
+      if piece.is_reply or not self._only_replies:
+        record = state['open']
+        record['tokens'] += len(one.ids)
+        record['bytes'] += one.bytes
+        record['characters'] += len(piece.text)
+        # A word that a cut goes through is one word.
+        record['words'] += one.words - (one.in_word[0] and state['in_word'] and bool(piece.offset))
+        record['unknowns'] += one.unknowns
+        record['unknown_bytes'] += one.unknown_bytes
+      state['in_word'], state['is_reply'] = one.in_word[1], piece.is_reply
+    state['jobs'] += 1
+    if state['jobs'] % JOURNAL_JOBS == 0:
+      self._note()
+
+  def end(self) -> None:
+    state = self._state
+    if not state['done']:
+      self._close_document()
+      state['stops'][str(state['corpus'])] = state['tokens']
+      state['done'] = True
+    self._note()
+
+  def _begin_document(self, name: str) -> None:
+    start = self._state['tokens']
+    self._close_document()
+    self._state['open'] = {**dict.fromkeys(tokens.DOCUMENT.names, 0), 'start': start}
+    self._files['names'].write((json.dumps(name) + '\n').encode())
+
+  def _close_document(self) -> None:
+    """Writes `end_of_text`, which is also what the next document follows, and the record of the one that it closes."""
+    state = self._state
+    record = state['open']
+    counts = record is not None and (state['is_reply'] or not self._only_replies)
+    self._append(np.array([self._end_of_text], self._dtype), counts)
+    if record is not None:
+      record['tokens'] += counts
+      self._files['documents'].write(np.array([tuple(record.values())], tokens.DOCUMENT).tobytes())
+      state['documents'] += 1
+
+  def _append(self, ids: np.ndarray, is_reply: bool) -> None:
+    self._files['bin'].write(ids.astype(self._dtype).tobytes())
+    if self._only_replies:
+      self._files['replies'].write(np.full(len(ids), is_reply, np.bool_).tobytes())
+    self._state['tokens'] += len(ids)
+
+  def _note(self) -> None:
+    for suffix, file in self._files.items():
+      file.flush()
+      self._state['sizes'][suffix] = file.tell()
+    self._journal.write()
+
+
+def _cores() -> int:
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -20,6 +20,7 @@ class Knobs(NamedTuple):
   top_k_B: jax.Array
   top_p_B: jax.Array
   min_p_B: jax.Array
+  bans_unknown_B: jax.Array  # bool
   key_B: jax.Array  # uint32 key data, [B, 2]; the row's own, whatever its place
 
   @classmethod
@@ -34,6 +35,7 @@ class Knobs(NamedTuple):
       gather('top_k', np.int32),
       gather('top_p', np.float32),
       gather('min_p', np.float32),
+      ~gather('allow_unknown', np.bool_),
       keys,
     )
 
@@ -45,15 +47,17 @@ class Uses(NamedTuple):
   top_k: bool
   top_p: bool
   min_p: bool
+  unknown: int | None = None  # the id that some row mustn't draw
 
   @classmethod
-  def of(cls, rows: Sequence[params_lib.SamplingParams]) -> 'Uses':
+  def of(cls, rows: Sequence[params_lib.SamplingParams], unknown: int | None = None) -> 'Uses':
     drawn = [row for row in rows if row.temperature > 0]
     return cls(
       draw=bool(drawn),
       top_k=any(row.top_k > 0 for row in drawn),
       top_p=any(row.top_p < 1 for row in drawn),
       min_p=any(row.min_p > 0 for row in drawn),
+      unknown=None if all(row.allow_unknown for row in rows) else unknown,
     )
 
 
@@ -66,6 +70,8 @@ def next_token(logits_BV: jax.Array, position_B: jax.Array, knobs: Knobs, uses: 
     knobs: the rows' settings.
     uses: which of them are on in any row.
   """
+  if uses.unknown is not None:
+    logits_BV = logits_BV.at[:, uses.unknown].set(jnp.where(knobs.bans_unknown_B, -jnp.inf, logits_BV[:, uses.unknown]))
   greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
   if not uses.draw:
     return greedy_B

@@ -23,10 +23,10 @@ class Completion:
 
   prompt: str
   text: str  # generated, without the prompt and without the stop text
-  tokens: list[int]  # generated ids, to the one that completes the stop text
+  tokens: list[int]  # generated ids, to the one that completes the stop text or ends the document
   sample_index: int
   seed: int
-  finish_reason: str  # length | stop
+  finish_reason: str  # length | stop (a stop text) | end (of the document)
 
 
 def generate(
@@ -51,8 +51,8 @@ def generate(
   each = [settings] * len(prompts) if isinstance(settings, SamplingParams) else settings
   owners = [(p, one, s) for p, one in zip(prompts, each, strict=True) for s in range(one.num_samples)]
   ids = {prompt: prompt_ids(tokenizer, prompt) for prompt in prompts}
-  texts = [_Text(tokenizer, one.stop) for _, one, _ in owners]
-  sampler = sampler_lib.Sampler(model, params, [ids[p] for p, _, _ in owners], [one for _, one, _ in owners], [s for _, _, s in owners])
+  texts = [_Text(tokenizer, ids[p], one) for p, one, _ in owners]
+  sampler = _sampler(model, params, tokenizer, [ids[p] for p, _, _ in owners], [one for _, one, _ in owners], [s for _, _, s in owners])
   for drawn in sampler:
     for row, new in drawn.items():
       texts[row].feed(new)
@@ -61,7 +61,7 @@ def generate(
   for text in texts:
     text.flush()
   return [
-    Completion(p, text.text, text.ids, s, one.seed, 'stop' if text.stopped else 'length')
+    Completion(p, text.text, text.ids, s, one.seed, text.finish_reason)
     for text, (p, one, s) in zip(texts, owners, strict=True)
   ]
 
@@ -70,8 +70,9 @@ def stream(
   model: base.LanguageModel, params: Any, tokenizer: text_base.Tokenizer, prompt: str, settings: SamplingParams
 ) -> Iterator[str]:
   """One completion in pieces, as they are made; together they are what `generate` gives."""
-  text = _Text(tokenizer, settings.stop)
-  sampler = sampler_lib.Sampler(model, params, [prompt_ids(tokenizer, prompt)], [settings], [0])
+  ids = prompt_ids(tokenizer, prompt)
+  text = _Text(tokenizer, ids, settings)
+  sampler = _sampler(model, params, tokenizer, [ids], [settings], [0])
   shown = 0
   for drawn in sampler:
     text.feed(drawn[0])
@@ -84,16 +85,35 @@ def stream(
   yield text.text[shown:]
 
 
+def _sampler(
+  model: base.LanguageModel,
+  params: Any,
+  tokenizer: text_base.Tokenizer,
+  prompts: Sequence[Sequence[int]],
+  settings: Sequence[SamplingParams],
+  sample_indices: Sequence[int],
+) -> sampler_lib.Sampler:
+  special = tokenizer.special_ids
+  return sampler_lib.Sampler(model, params, prompts, settings, sample_indices, special['end_of_text'], special.get('unknown'))
+
+
 class _Text:
   """One row's ids, and their text up to the stop text that is completed first, wherever segments end."""
 
-  def __init__(self, tokenizer: text_base.Tokenizer, stop: Sequence[str]):
-    self._tokenizer, self._stop = tokenizer, stop
-    self._decoder = tokenizer.incremental_decoder()
-    self.longest_stop = max(map(len, stop), default=1)
+  def __init__(self, tokenizer: text_base.Tokenizer, prompt: Sequence[int], settings: SamplingParams):
+    self._tokenizer, self._prompt, self._settings, self._stop = tokenizer, prompt, settings, settings.stop
+    self._decoder = self._new_decoder()
+    self.longest_stop = max(map(len, self._stop), default=1)
     self.ids: list[int] = []
     self.text = ''
     self.stopped = False
+
+  @property
+  def finish_reason(self) -> str:
+    if self.stopped:
+      return 'stop'
+    ended = self._settings.stop_at_end and self.ids[-1:] == [self._tokenizer.special_ids['end_of_text']]
+    return 'end' if ended else 'length'
 
   def feed(self, ids: Sequence[int]) -> None:
     self.ids += ids
@@ -117,7 +137,13 @@ class _Text:
     self.text = self.text[: find_stop(self.text, self._stop)]
 
   def _text_of(self, size: int) -> str:
-    return self._tokenizer.incremental_decoder().feed(self.ids[:size])
+    return self._new_decoder().feed(self.ids[:size])
+
+  def _new_decoder(self) -> text_base.IncrementalDecoder:
+    """One that has read the prompt: a word's leading space depends on what it follows."""
+    decoder = self._tokenizer.incremental_decoder()
+    decoder.feed(self._prompt)
+    return decoder
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:
@@ -128,4 +154,4 @@ def find_stop(text: str, stop: Sequence[str]) -> int | None:
 
 def prompt_ids(tokenizer: text_base.Tokenizer, prompt: str) -> list[int]:
   """The prompt's ids; an empty prompt is what stands before a document."""
-  return [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.special_ids['document_start']]
+  return [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.special_ids['end_of_text']]

@@ -18,6 +18,8 @@ class SamplingParams:
   seed: int = 0
   num_samples: int = 1  # of each prompt
   stop: tuple[str, ...] = ()  # a text ends before the first of these
+  stop_at_end: bool = True  # a text ends where the model ends its document; False: the next document follows
+  allow_unknown: bool = False  # may draw the token for what has no id of its own, such as <unk>
 
   def __post_init__(self) -> None:
     def need(name: str, holds: bool, constraint: str) -> None:

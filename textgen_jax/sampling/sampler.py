@@ -37,6 +37,8 @@ class Sampler:
     prompts: ids of each row, at least one.
     settings: of each row.
     sample_indices: tell apart rows of one prompt and seed.
+    end_of_text: the id that ends a row whose `stop_at_end` is on.
+    unknown: the id that a row draws only where it may (`allow_unknown`).
     segment: tokens drawn between two looks at the host.
   """
 
@@ -47,9 +49,12 @@ class Sampler:
     prompts: Sequence[Sequence[int]],
     settings: Sequence[SamplingParams],
     sample_indices: Sequence[int],
+    end_of_text: int | None = None,
+    unknown: int | None = None,
     segment: int = SEGMENT,
   ):
     self._model, self._params, self._segment = model, params, segment
+    self._end_of_text, self._unknown = end_of_text, unknown
     self._rows = [_Row(one, list(prompt), done=one.max_new_tokens == 0) for prompt, one in zip(prompts, settings, strict=True)]
     hashes = [int.from_bytes(hashlib.sha256(np.asarray(p, '<u4').tobytes()).digest()[:4], 'little') for p in prompts]
     seeds = np.array([one.seed for one in settings], np.uint32)
@@ -88,7 +93,7 @@ class Sampler:
       np.array([row.drawn for row in rows], np.int32),
       decode.Knobs.of(settings, self._keys[self._batch]),
       np.int32(limit),
-      uses=decode.Uses.of(settings),
+      uses=decode.Uses.of(settings, self._unknown),
       size=self._segment,
     )
     self._used += limit
@@ -97,9 +102,11 @@ class Sampler:
       row.history += line
       if row.done:
         continue
-      news[i] = line[: row.params.max_new_tokens - row.drawn]
+      line = line[: row.params.max_new_tokens - row.drawn]
+      ends = row.params.stop_at_end and self._end_of_text in line
+      news[i] = line[: line.index(self._end_of_text) + 1] if ends else line
       row.drawn += limit
-      row.done = row.drawn >= row.params.max_new_tokens
+      row.done = ends or row.drawn >= row.params.max_new_tokens
     return news
 
   def _room(self, row: _Row) -> int:

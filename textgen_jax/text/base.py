@@ -13,13 +13,19 @@ import numpy as np
 from textgen_jax import errors
 
 FILE_NAME = 'tokenizer.json'
+FORMAT = 2  # of that file
 MAX_FILE_BYTES = 64 << 20  # every Unicode character, escaped, takes 13 MiB
 
 
 @dataclasses.dataclass(kw_only=True)
 class TokenizerConfig:
-  kind: str = 'char'        # char | byte
-  unknown_symbol: str = ''  # char only: stands for every character not in the training split; empty: such a one is an error
+  kind: str = 'char'         # char | byte | word | sentencepiece
+  unknown_symbol: str = ''   # char only: stands for every character not in the training split; empty: such a one is an error
+  vocab_size: int = 0        # ids in all. word, 0: as many as coverage asks for; sentencepiece, 0: 4096, or a loaded model's own
+  coverage: float = 0.97     # word only, at vocab_size=0: the fewest words that make up this share of the training split's
+  standardize: bool = False  # word only: NFKC, lower case, white space as single spaces; then no bits per byte can be told
+  model_type: str = 'bpe'    # sentencepiece only: bpe | unigram
+  model_path: str = ''       # sentencepiece only: a .model to load instead of training one
 
 
 class IncrementalDecoder(Protocol):
@@ -33,20 +39,28 @@ class IncrementalDecoder(Protocol):
 
 
 class Tokenizer(Protocol):
-  """Text to ids in [0, vocab_size) and back."""
+  """Text to ids in [0, vocab_size) and back.
+
+  `special_ids['end_of_text']` stands before every document and after the last, decodes to nothing, and is never encoded from text;
+  an empty prompt is it. `special_ids['unknown']`, where there is one, stands for what has no id of its own.
+  """
 
   kind: str
   vocab_size: int
-  special_ids: dict[str, int]  # 'document_start' stands before a document, and an empty prompt starts from it
+  special_ids: dict[str, int]
+  standardizes: bool  # encoding loses what standardising took away, so that bits per byte would mean nothing
 
   def encode(self, text: str) -> np.ndarray:
     """Ids of `text`, int32 [N]. Raises UserError for what has no id."""
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    """Text of `ids`. Raises ValueError for ids outside the vocabulary."""
+    """Text of `ids`. Raises UserError for ids outside the vocabulary."""
 
-  def byte_lengths(self) -> np.ndarray:
-    """UTF-8 bytes that each token stands for, int32 [V]: turns nats per token into bits per byte."""
+  def unknowns(self, text: str) -> list[str]:
+    """The pieces of `text` that `encode` makes 'unknown', in order: a score charges their spelling."""
+
+  def cut(self, text: str) -> int:
+    """The last place where `text` can be cut so that its parts, encoded apart, give the ids of the whole, whatever follows; 0: nowhere."""
 
   def incremental_decoder(self) -> IncrementalDecoder:
     """A decoder for streaming."""
@@ -59,10 +73,10 @@ class Tokenizer(Protocol):
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
-  """`ids` as a flat int64 array; a negative id would otherwise count from the end, silently."""
+  """`ids` as a flat int64 array; raises UserError for one outside the vocabulary, which would wrap or clip, silently."""
   ids = np.asarray(ids).astype(np.int64).reshape(-1)
   if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
-    raise ValueError(f'token ids span [{ids.min()}, {ids.max()}], outside [0, {vocab_size})')
+    raise errors.UserError(f'token ids span [{ids.min()}, {ids.max()}], outside the vocabulary [0, {vocab_size})')
   return ids
 
 

@@ -1,8 +1,8 @@
-"""A token for each of the 256 bytes of UTF-8: knows every text, and needs no training."""
+"""A token for each of the 256 bytes of UTF-8, and one for the end of a text: knows every text, and needs no training."""
 
 import codecs
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -11,16 +11,17 @@ from textgen_jax.text import base
 
 
 class ByteTokenizer:
-  """Ids are the bytes themselves."""
+  """Ids are the bytes themselves; 256 ends a text."""
 
   kind = 'byte'
-  vocab_size = 256
+  vocab_size = 257
+  standardizes = False
 
   def __init__(self):
-    self.special_ids = {'document_start': ord('\n')}
+    self.special_ids = {'end_of_text': 256}
 
   @classmethod
-  def train(cls, config: base.TokenizerConfig, texts: Sequence[str]) -> 'ByteTokenizer':
+  def train(cls, config: base.TokenizerConfig, texts: Iterable[str]) -> 'ByteTokenizer':
     del config, texts  # nothing to learn
     return cls()
 
@@ -41,8 +42,12 @@ class ByteTokenizer:
     """Bytes that aren't UTF-8 become U+FFFD."""
     return _to_bytes(ids).decode('utf-8', 'replace')
 
-  def byte_lengths(self) -> np.ndarray:
-    return np.ones(self.vocab_size, np.int32)
+  def unknowns(self, text: str) -> list[str]:
+    del text  # every byte has an id
+    return []
+
+  def cut(self, text: str) -> int:
+    return len(text)
 
   def incremental_decoder(self) -> '_ByteDecoder':
     return _ByteDecoder()
@@ -54,7 +59,7 @@ class ByteTokenizer:
     return base.fingerprint(self._fields())
 
   def _fields(self) -> dict:
-    return {'format': 1, 'kind': self.kind}
+    return {'format': base.FORMAT, 'kind': self.kind}
 
 
 class _ByteDecoder:
@@ -70,4 +75,5 @@ class _ByteDecoder:
 
 
 def _to_bytes(ids: Sequence[int] | np.ndarray) -> bytes:
-  return base.check_ids(ids, ByteTokenizer.vocab_size).astype(np.uint8).tobytes()
+  ids = base.check_ids(ids, ByteTokenizer.vocab_size)
+  return ids[ids < 256].astype(np.uint8).tobytes()

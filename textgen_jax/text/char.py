@@ -3,7 +3,7 @@
 import itertools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -12,24 +12,24 @@ from textgen_jax.text import base
 
 
 class CharTokenizer:
-  """Ids are places in the sorted characters; the unknown symbol, where there is one, has the id after the last of them.
+  """Ids are places in the sorted characters; then come the unknown symbol, where there is one, and the end of a text.
 
   No training text holds an unknown character, so the model learns nothing of that id: it keeps a run going, no more.
 
   Args:
     characters: distinct, in order of code point.
     unknown_symbol: what an unknown character decodes to; empty: such a character is an error.
-    document_start: the id that stands before a document.
   """
 
   kind = 'char'
+  standardizes = False
 
-  def __init__(self, characters: str, unknown_symbol: str, document_start: int):
+  def __init__(self, characters: str, unknown_symbol: str):
     self._characters = characters
     self._unknown_symbol = unknown_symbol
     self._points = _code_points(characters + unknown_symbol)
-    self.vocab_size = len(self._points)
-    self.special_ids = {'document_start': document_start}
+    self.vocab_size = len(self._points) + 1
+    self.special_ids = {'end_of_text': len(self._points)}
     if unknown_symbol:
       self.special_ids['unknown'] = len(characters)
     # Code point to id, with one more place that catches every point above the largest: 6 times faster than a search.
@@ -38,31 +38,28 @@ class CharTokenizer:
     self._ids[points] = np.arange(len(characters))
 
   @classmethod
-  def train(cls, config: base.TokenizerConfig, texts: Sequence[str]) -> 'CharTokenizer':
-    """Learns the characters of `texts`, the documents of the training split."""
+  def train(cls, config: base.TokenizerConfig, texts: Iterable[str]) -> 'CharTokenizer':
+    """Learns the characters of `texts`, the training split."""
     characters = ''.join(sorted(set().union(*map(set, texts))))
     if not characters:
       raise errors.UserError('tokenizer.kind=char needs a training text of at least 1 character')
     surrogate = _first_surrogate(characters)
     if surrogate:
       raise errors.UserError(f'the training text holds {surrogate!r}, half a surrogate pair, which is not text')
-    first = '\n' if '\n' in characters else next(text[0] for text in texts if text)
-    return cls(characters, config.unknown_symbol, characters.index(first))
+    return cls(characters, config.unknown_symbol)
 
   @classmethod
   def load(cls, directory: str | os.PathLike) -> 'CharTokenizer':
-    fields = base.read_fields(directory, {'kind': str, 'characters': str, 'unknown_symbol': str, 'document_start': int})
+    fields = base.read_fields(directory, {'kind': str, 'characters': str, 'unknown_symbol': str})
     path = pathlib.Path(directory) / base.FILE_NAME
-    characters, symbol, start = fields['characters'], fields['unknown_symbol'], fields['document_start']
+    characters, symbol = fields['characters'], fields['unknown_symbol']
     if not characters or any(a >= b for a, b in itertools.pairwise(characters)):
       raise errors.UserError(f'{path}: characters must be at least one, distinct and in order of code point')
     if len(symbol) > 1:
       raise errors.UserError(f'{path}: unknown_symbol={symbol!r:.60} must be empty or one character')
     if _first_surrogate(characters + symbol):
       raise errors.UserError(f'{path}: {_first_surrogate(characters + symbol)!r} is half a surrogate pair, not a character')
-    if not 0 <= start < len(characters):
-      raise errors.UserError(f'{path}: document_start={start} must lie in [0, {len(characters)})')
-    return cls(characters, symbol, start)
+    return cls(characters, symbol)
 
   def encode(self, text: str) -> np.ndarray:
     points = _code_points(text)
@@ -70,18 +67,21 @@ class CharTokenizer:
     if not self._unknown_symbol and ids.size and ids.min() < 0:
       offset = int(np.argmax(ids < 0))
       raise errors.UserError(
-          f"character {text[offset]!r} at offset {offset} isn't among the {self.vocab_size} of the training text:"
+          f"character {text[offset]!r} at offset {offset} isn't among the {len(self._characters)} of the training text:"
           f' set tokenizer.unknown_symbol to a character that stands for it, or tokenizer.kind=byte'
       )
     return ids
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    points = self._points[base.check_ids(ids, self.vocab_size)]
-    return points.tobytes().decode('utf-32-le')
+    ids = base.check_ids(ids, self.vocab_size)
+    return self._points[ids[ids < len(self._points)]].tobytes().decode('utf-32-le')
 
-  def byte_lengths(self) -> np.ndarray:
-    """UTF-8 bytes of each character; an unknown one counts as its symbol."""
-    return np.array([len(symbol.encode()) for symbol in self._characters + self._unknown_symbol], np.int32)
+  def unknowns(self, text: str) -> list[str]:
+    unknown = self.special_ids.get('unknown', -1)
+    return [text[i] for i in np.flatnonzero(self.encode(text) == unknown)]
+
+  def cut(self, text: str) -> int:
+    return len(text)
 
   def incremental_decoder(self) -> '_CharDecoder':
     return _CharDecoder(self)
@@ -94,11 +94,10 @@ class CharTokenizer:
 
   def _fields(self) -> dict:
     return {
-        'format': 1,
+        'format': base.FORMAT,
         'kind': self.kind,
         'characters': self._characters,
         'unknown_symbol': self._unknown_symbol,
-        'document_start': self.special_ids['document_start'],
     }
 
 

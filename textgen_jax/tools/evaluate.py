@@ -1,21 +1,24 @@
-"""Scores a trained model on a split or on a file, as one line of JSON.
+"""Scores a trained model on a split or on any text, as one line of JSON.
 
   python -m textgen_jax.tools.evaluate --workdir=runs/shakespeare --split=test
-  python -m textgen_jax.tools.evaluate --workdir=runs/shakespeare --data=hamlet.txt
+  python -m textgen_jax.tools.evaluate --workdir=runs/shakespeare --data=hamlet.txt --documents
 
-Every token but the first is predicted once, in rows that the text alone fixes.
+Every token is predicted once, in rows that the text alone fixes. A Transformer's rows overlap, so that
+each token has at least context - stride tokens before it in the text (at its beginning, all there are); an
+LSTM that was trained to carry its state carries it. Bits per byte and per character and word perplexity
+charge what has no id with its spelling, so that models with different tokenizers can be compared.
+Standard errors are over documents. --documents writes a line for each of them before the last line.
 """
 
+import contextlib
 import json
-import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 from absl import flags
 
 from textgen_jax import command_line, compilation, errors, workdir
-from textgen_jax.data import corpora, prepare
+from textgen_jax.data import files, prepare
 from textgen_jax.training import evaluate
 
 BATCH_SIZE = 64
@@ -30,7 +33,11 @@ def _main(argv: Sequence[str]) -> None:
   flags.DEFINE_string('workdir', None, 'where the model was trained', flag_values=values)
   flags.DEFINE_string('checkpoint', 'best', 'best (by val loss), latest, or a step', flag_values=values)
   flags.DEFINE_string('split', None, 'val (which is the default) or test, of the text that the model was trained on', flag_values=values)
-  flags.DEFINE_string('data', None, 'a file to score instead', flag_values=values)
+  flags.DEFINE_string('data', None, 'text to score instead: what data.path takes', flag_values=values)
+  flags.DEFINE_string('field', 'text', 'of a .jsonl line in --data: what holds its text', flag_values=values)
+  flags.DEFINE_integer('stride', 0, 'tokens from one row to the next; 0: half of the trained context', flag_values=values)
+  flags.DEFINE_integer('batch_size', BATCH_SIZE, 'rows at once; changes speed and memory alone', flag_values=values)
+  flags.DEFINE_bool('documents', False, 'a line for each document too', flag_values=values)
   if command_line.wants_help(argv):
     print(f'{__doc__}\n{values.get_help()}')
     return
@@ -39,51 +46,55 @@ def _main(argv: Sequence[str]) -> None:
     raise errors.UserError('--workdir is missing: name the directory that train.py wrote to')
   if values.split and values.data:
     raise errors.UserError('--split and --data: give one of them')
+  if values.batch_size < 1:
+    raise errors.UserError(f'batch_size={values.batch_size} is below 1')
   compilation.keep_compiled()
   trained = workdir.load(values.workdir, values.checkpoint)
-  split = values.split or 'val'
-  tokens = _read(trained, values.data) if values.data else _split(trained, split)
-  if len(tokens) < 2:
-    raise errors.UserError(f'{values.data or "split=" + split} has {len(tokens)} tokens: at least 2 are needed')
+  how = reading(trained, values.stride)
+  with prepared_text(trained, values.data, values.field) if values.data else _split_text(trained, values.split or 'val') as (prepared, split):
+    text = prepared.splits[split]
+    if not text.documents['tokens'].sum():
+      raise errors.UserError(f'{values.data or "split=" + split} has no token to score')
+    score = evaluate.evaluate(
+      trained.model, trained.params, text, how, standardizes=trained.tokenizer.standardizes, batch_size=values.batch_size
+    )
+    if values.documents:
+      for i, name in enumerate(prepared.names(split)):
+        if score.documents['tokens'][i]:
+          print(json.dumps({'document': name, **score.of(i).summary()}))
+  stride = how.stride or None  # none: the state is carried
+  print(json.dumps({**score.summary(), 'text': values.data or split, 'step': trained.step, 'stride': stride}))
+
+
+def reading(trained: workdir.Trained, stride: int = 0) -> evaluate.Reading:
+  """How a trained model reads a text to be scored; at stride 0, rows overlap by half."""
   training = trained.experiment.training
-  score = evaluate.evaluate(
-    trained.model,
-    trained.params,
-    tokens,
-    trained.tokenizer.byte_lengths(),
-    length=training.sequence_length,
-    batch_size=BATCH_SIZE,
-    row_chunks=evaluate.row_chunks(training.windows == 'contiguous', training.sequence_length),
-  )
-  row = {
-    'loss_nats': score.loss_nats,
-    'perplexity': score.perplexity,
-    'bits_per_byte': score.bits_per_byte,
-    'tokens': score.tokens,
-    'bytes': score.bytes,
-    'text': values.data or split,
-    'step': trained.step,
-  }
-  print(json.dumps(row))
+  length, carried = training.sequence_length, training.windows == 'contiguous'
+  if stride and carried:
+    raise errors.UserError(f'stride={stride}: this model carries its state over the whole text, so its rows have no stride')
+  if not 0 <= stride <= length:
+    raise errors.UserError(f'stride={stride} is not in [1, {length}], the tokens that the model was trained on at a time')
+  end_of_text = trained.tokenizer.special_ids['end_of_text'] if training.mask_documents else None
+  return evaluate.Reading(length=length, stride=0 if carried else stride or max(1, length // 2), carried=carried, end_of_text=end_of_text)
 
 
-def _read(trained: workdir.Trained, path: str) -> np.ndarray:
-  """A file's tokens."""
-  if not pathlib.Path(path).is_file():
-    raise errors.UserError(f'data={path!r} is not a file')
-  documents = corpora.open_corpus(corpora.DataConfig(path=path)).documents()
-  text = ''.join(document.text for split in ('train', 'val') for document in documents[split])
-  return trained.tokenizer.encode(text)
+@contextlib.contextmanager
+def prepared_text(trained: workdir.Trained, path: str, field: str) -> Iterator[tuple[prepare.PreparedData, str]]:
+  """Any text in the model's ids."""
+  corpus = files.open_files(path, field, val_fraction=1.0)
+  with prepare.tokenised(corpus, trained.tokenizer) as prepared:
+    yield prepared, 'val'
 
 
-def _split(trained: workdir.Trained, split: str) -> np.ndarray:
-  """A split's tokens, checked to be those of the tokenizer that the model knows."""
+@contextlib.contextmanager
+def _split_text(trained: workdir.Trained, split: str) -> Iterator[tuple[prepare.PreparedData, str]]:
+  """A split, checked to be in the ids that the model knows."""
   prepared = prepare.prepare(trained.experiment.data, trained.experiment.tokenizer)
   if split not in prepared.splits:
     raise errors.UserError(f'split={split!r} is none of {", ".join(prepared.splits)}')
   if prepared.fingerprint != trained.fingerprint:
     raise errors.UserError(f'split={split!r}: the text is not the one that the model was trained on; --data=FILE scores any file')
-  return prepared.splits[split]
+  yield prepared, split
 
 
 if __name__ == '__main__':

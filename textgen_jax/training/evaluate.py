@@ -1,101 +1,188 @@
-"""A split's loss, over rows that the data alone fixes."""
+"""What a model makes of a text: losses by token, over rows that the text alone fixes, and the scores that they add up to."""
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 
-from textgen_jax.data import windows
+from textgen_jax import errors
+from textgen_jax.data import tokens, windows
 from textgen_jax.models import base
 from textgen_jax.training import losses
 
-
-class Score(NamedTuple):
-  """What a pass over a split adds up to."""
-
-  nll_sum: float  # nats
-  tokens: int  # predicted
-  bytes: int  # of text that those tokens stand for
-
-  @property
-  def loss_nats(self) -> float:
-    return self.nll_sum / self.tokens
-
-  @property
-  def bits_per_byte(self) -> float:
-    return self.nll_sum / math.log(2) / self.bytes
-
-  @property
-  def perplexity(self) -> float:
-    return math.exp(min(self.loss_nats, 700.0))  # float64 ends at exp(709)
-
-
-# A row of an evaluation with carried state, about: long enough to forget that it began with nothing.
+# A row of an evaluation with carried state, about. Each begins with one call that only warms the state up.
 CARRIED_ROW_TOKENS = 8192
 
 
-def row_chunks(carried: bool, length: int) -> int:
-  """How many calls of `length` tokens score one row: one, unless the model was trained to carry its state."""
-  return -(-CARRIED_ROW_TOKENS // length) if carried else 1
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """Losses summed over each document, and what the documents measure.
+
+  bits per byte, bits per character and word perplexity are of the text: they take all losses together, ends of documents too, and
+  charge the spelling of each piece that has no id with 8 bits a byte and as many for its end. They let tokenizers be compared.
+  Standard errors are over documents, of a ratio of two sums. Source: Cochran 1977, Sampling Techniques, section 6.4.
+  """
+
+  nll_D: np.ndarray  # float64, nats
+  documents: np.ndarray  # tokens.DOCUMENT, [D]
+  standardizes: bool = False  # the tokenizer's own; then the text isn't what the tokens stand for
+
+  @property
+  def tokens(self) -> int:
+    return int(self.documents['tokens'].sum())
+
+  @property
+  def loss_nats(self) -> float:
+    return float(self.nll_D.sum()) / self.tokens
+
+  @property
+  def perplexity(self) -> float:
+    return _exp(self.loss_nats)
+
+  @property
+  def text_nll_D(self) -> np.ndarray:
+    """Nats of each document's text, spelling included."""
+    spelled = self.documents['unknown_bytes'] + self.documents['unknowns']
+    return self.nll_D + math.log(256) * spelled
+
+  def per(self, measure: str) -> float | None:
+    """Nats of text per 'bytes', 'characters' or 'words'; None where it can't be told."""
+    total = int(self.documents[measure].sum())
+    return None if self.standardizes or not total else float(self.text_nll_D.sum()) / total
+
+  def error(self, nll_D: np.ndarray, measure: str) -> float | None:
+    """Standard error of the ratio of a loss and a measure, both summed over documents; None for less than two."""
+    sizes = self.documents[measure].astype(np.float64)
+    count = len(sizes)
+    if count < 2 or not sizes.sum():
+      return None
+    residual = nll_D - sizes * (nll_D.sum() / sizes.sum())
+    return math.sqrt(count / (count - 1) * float((residual**2).sum())) / float(sizes.sum())
+
+  @property
+  def bits_per_byte(self) -> float | None:
+    nats = self.per('bytes')
+    return None if nats is None else nats / math.log(2)
+
+  def summary(self) -> dict[str, Any]:
+    """Everything, as JSON values."""
+    bits_per_character, word_nats = self.per('characters'), self.per('words')
+    bytes_error = None if self.bits_per_byte is None else self.error(self.text_nll_D, 'bytes')
+    return {
+      'loss_nats': self.loss_nats,
+      'loss_nats_stderr': self.error(self.nll_D, 'tokens'),
+      'perplexity': self.perplexity,
+      'bits_per_byte': self.bits_per_byte,
+      'bits_per_byte_stderr': None if bytes_error is None else bytes_error / math.log(2),
+      'bits_per_character': None if bits_per_character is None else bits_per_character / math.log(2),
+      'word_perplexity': None if word_nats is None else _exp(word_nats),
+      'documents': len(self.documents),
+      **{name: int(self.documents[name].sum()) for name in ('tokens', 'bytes', 'characters', 'words', 'unknowns')},
+    }
+
+  def of(self, document: int) -> 'Score':
+    """One document's."""
+    one = slice(document, document + 1)
+    return Score(self.nll_D[one], self.documents[one], self.standardizes)
+
+
+def _exp(nats: float) -> float:
+  return math.exp(min(nats, 700.0))  # float64 ends at exp(709)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+  """How a text is read to be scored.
+
+  A Transformer reads rows of one call; with `stride` below `length` they overlap, and every token that is scored has at least
+  `length - stride` tokens before it. A model that was trained to carry its state reads long rows in several calls.
+  """
+
+  length: int  # tokens in one call
+  stride: int = 0  # tokens from one row to the next, for rows of one call; 0: length, rows don't overlap
+  carried: bool = False
+  end_of_text: int | None = None  # no document sees another; None: it does
+
+  @property
+  def chunks(self) -> int:
+    """Calls that one row takes."""
+    return 1 + -(-CARRIED_ROW_TOKENS // self.length) if self.carried else 1
+
+  def rows(self, split: tokens.Split) -> windows.EvaluationRows:
+    row_length = self.length * self.chunks
+    stride = row_length - self.length if self.carried else self.stride or self.length
+    return windows.EvaluationRows(split, row_length, stride, self.end_of_text)
 
 
 @functools.partial(jax.jit, static_argnames='model')
-def nll_sums(model: base.LanguageModel, params: Any, cache: Any, batch: windows.Batch) -> tuple[jax.Array, Any]:
-  """Each row's summed loss (nats), [B], and the cache after the batch."""
+def nll(model: base.LanguageModel, params: Any, cache: Any, batch: windows.Batch) -> tuple[jax.Array, Any]:
+  """Each target's loss (nats), [B, T], and the cache after the batch."""
   hidden_BTD, cache = model.apply({'params': params}, batch.tokens_BT, cache=cache, starts_BT=batch.starts_BT)
   logits_BTV = model.apply({'params': params}, hidden_BTD, method='unembed')
-  return (losses.nll(logits_BTV, batch.targets_BT) * batch.weights_BT).sum(axis=1), cache
+  return losses.nll(logits_BTV, batch.targets_BT), cache
 
 
-def evaluate(
+def token_losses(
   model: base.LanguageModel,
   params: Any,
-  tokens: np.ndarray,
-  byte_lengths: np.ndarray,
+  split: tokens.Split,
+  reading: Reading,
   *,
-  length: int,
   batch_size: int,
   put: Callable[[Any], Any] = jax.device_put,
-  row_chunks: int = 1,
   divisor: int = 1,
-) -> Score:
-  """Scores every token but the first, each once, without dropout.
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Places of tokens and their losses (nats), in no order: every token but the first that counts, each once, without dropout.
 
-  The text is cut into rows of `length * row_chunks` tokens, each scored from nothing; a
-  model that carries its state reads a row in chunks, one that doesn't takes `row_chunks=1`.
-  Neither rows nor their order depend on `batch_size`, and each row is summed apart.
+  Neither rows nor what they hold depend on `batch_size`.
 
   Args:
     model: the model.
     params: its parameters.
-    tokens: ids, [N] with N at least 2.
-    byte_lengths: UTF-8 bytes by id, [V].
-    length: tokens in one call.
+    split: the text.
+    reading: how to read it.
     batch_size: rows in one call.
     put: brings arrays that lead with B to the devices.
-    row_chunks: calls that one row takes.
     divisor: what `batch_size` is a multiple of, and must stay (the devices that rows are split over).
+
+  Raises:
+    UserError: a token id is at or over the model's vocabulary.
   """
-  rows = windows.EvaluationRows(tokens, length * row_chunks)
+  rows, length = reading.rows(split), reading.length
   batch_size = min(batch_size, -(-rows.num_rows // divisor) * divisor)  # a short text has fewer rows
-  sums, byte_count, token_count = [], 0, 0
+  waiting: list[tuple[np.ndarray, np.ndarray, jax.Array]] = []
   for low in range(0, rows.num_rows, batch_size):
-    batch = rows.batch(low, low + batch_size)
-    counted = batch.weights_BT > 0
-    byte_count += int(byte_lengths[batch.targets_BT[counted]].sum())
-    token_count += int(counted.sum())
-    cache = put(model.init_cache(batch_size, 0)) if row_chunks > 1 else None
-    for chunk in range(row_chunks):
-      part = jax.tree.map(lambda x, c=chunk: np.ascontiguousarray(x[:, c * length : (c + 1) * length]), batch)
-      if not part.weights_BT.any():
+    batch, places_BT = rows.batch(low, low + batch_size)
+    if batch.tokens_BT.max() >= model.vocab_size or batch.targets_BT.max() >= model.vocab_size:
+      raise errors.UserError(f'token id {max(batch.tokens_BT.max(), batch.targets_BT.max())} is not in the vocabulary [0, {model.vocab_size})')
+    cache = put(model.init_cache(batch_size, 0)) if reading.carried else None
+    for chunk in range(reading.chunks):
+      at = np.s_[:, chunk * length : (chunk + 1) * length]
+      part = jax.tree.map(lambda x, at=at: np.ascontiguousarray(x[at]), batch)
+      if chunk and not batch.weights_BT[:, chunk * length :].any():
         break
-      nll_B, cache = nll_sums(model, params, cache, put(part))
-      sums.append(nll_B)
-      if len(sums) > 1:
-        # Two calls in flight keep the device busy; a long queue of collectives can lock up several CPU devices.
-        jax.block_until_ready(sums[-2])
-  # Added in float64.
-  return Score(float(np.concatenate(jax.device_get(sums)).astype(np.float64).sum()), token_count, byte_count)
+      nll_BT, cache = nll(model, params, cache, put(part))
+      waiting.append((part.weights_BT > 0, places_BT[at], nll_BT))
+      # Two calls in flight keep the device busy; a long queue of collectives can lock up several CPU devices.
+      if len(waiting) > 1:
+        yield _counted(*waiting.pop(0))
+  for one in waiting:
+    yield _counted(*one)
+
+
+def _counted(counts_BT: np.ndarray, places_BT: np.ndarray, nll_BT: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+  return places_BT[counts_BT], np.asarray(nll_BT)[counts_BT]
+
+
+def evaluate(model: base.LanguageModel, params: Any, split: tokens.Split, reading: Reading, *, standardizes: bool = False, **how: Any) -> Score:
+  """The score of a text; `how` as `token_losses` takes it. Losses are added in float64, whatever their order."""
+  nll_D = np.zeros(len(split.documents), np.float64)
+  for places, values in token_losses(model, params, split, reading, **how):
+    # A document's first target comes right after its start, and the last stands where the next one starts.
+    owners = np.searchsorted(split.documents['start'], places, side='left') - 1
+    np.add.at(nll_D, owners, values.astype(np.float64))
+  return Score(nll_D, split.documents, standardizes)

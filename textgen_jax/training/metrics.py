@@ -80,6 +80,6 @@ def cut_after(path: pathlib.Path, step: int) -> None:
   os.replace(temporary, path)
 
 
-def jsonable(value: float) -> float | None:
+def jsonable(value: float | None) -> float | None:
   """JSON has no NaN: a number that isn't finite is written as null."""
-  return value if abs(value) < float('inf') else None
+  return value if value is not None and abs(value) < float('inf') else None

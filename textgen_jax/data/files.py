@@ -1,0 +1,258 @@
+"""Own text: files of any size, read in blocks. .gz and .zst are unpacked; each line of a .jsonl is a document, else each file."""
+
+import array
+import codecs
+import contextlib
+import glob
+import gzip
+import hashlib
+import json
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import tqdm
+import zstandard
+
+from textgen_jax import errors
+from textgen_jax.data import documents
+
+BLOCK_BYTES = 1 << 20
+MAX_LINE_BYTES = 1 << 28  # of a .jsonl, which is read whole
+FORMAT = 1  # counts changes to what files read as
+
+
+def open_files(path: str, field: str, val_fraction: float) -> documents.Corpus:
+  """The corpus that `data.path` names, its last part held out; reads everything once, to check, measure and hash it.
+
+  Args:
+    path: a file, several after commas, a glob, or a directory.
+    field: what holds the text of a .jsonl line.
+    val_fraction: of the characters; 1: all of it is val.
+
+  Raises:
+    UserError: a file that can't be read or isn't text, with the place in it.
+  """
+  names = _find_files(path)
+  digest, sizes, counts = hashlib.sha256(), array.array('q'), []  # characters of each document; documents of each file
+  with tqdm.tqdm(total=sum(map(os.path.getsize, names)), unit='B', unit_scale=True, desc='read', disable=None, delay=2) as bar:
+    for name in names:
+      before = len(sizes)
+      for _, blocks in _documents(name, field):
+        content, characters = hashlib.sha256(), 0
+        for block in blocks:
+          content.update(block.encode())
+          characters += len(block)
+        digest.update(content.digest())
+        sizes.append(characters)
+      counts.append(len(sizes) - before)
+      bar.update(os.path.getsize(name))
+  if sum(sizes) < 2:
+    raise errors.UserError(f'data.path={path} holds less than 2 characters: nothing to train on')
+  first_val, cut = _first_held_out(sizes, val_fraction), cut_place(sizes[0], val_fraction)
+
+  def read(split: str) -> Iterator[documents.Document]:
+    wanted = range(first_val) if split == 'train' else range(first_val, len(sizes))
+    index = 0  # of the file's first document
+    for name, count in zip(names, counts, strict=True):
+      if index < wanted.stop and wanted.start < index + count:
+        for i, (document, blocks) in enumerate(_documents(name, field), start=index):
+          if i in wanted:
+            whole = _as_measured(document, blocks, sizes[i])
+            yield documents.Document(document, map(documents.Part, whole))
+      index += count
+
+  def read_cut(split: str) -> Iterator[documents.Document]:
+    low, high = (0, cut) if split == 'train' else (cut, sizes[0])
+    for document, blocks in _documents(names[0], field):
+      yield documents.Document(document, _part(_as_measured(document, blocks, sizes[0]), low, high))
+
+  if val_fraction == 1:
+    splits, first_val = ('val',), 0
+  else:
+    splits = ('train', 'val')
+  key = f'files:{digest.hexdigest()}:{val_fraction!r}:{FORMAT}'
+  return documents.Corpus(path, key, splits, read_cut if len(sizes) == 1 and val_fraction < 1 else read, sum(sizes))
+
+
+def _first_held_out(sizes: array.array, val_fraction: float) -> int:
+  """The first of the fewest last documents that reach the fraction, and never all."""
+  wanted = val_fraction * sum(sizes)
+  first = len(sizes)
+  while wanted > 0 and first > 1:
+    first -= 1
+    wanted -= sizes[first]
+  return first
+
+
+def cut_place(characters: int, val_fraction: float) -> int:
+  """Where the last `val_fraction` of a text begins."""
+  place = int((1 - val_fraction) * characters + 1e-6)  # 0.8 of 10 is 2, though 1 - 0.8 is less than 0.2
+  return min(max(place, 1), characters - 1)
+
+
+def _part(blocks: Iterator[str], low: int, high: int) -> Iterator[documents.Part]:
+  """Characters low ... high - 1 of a text that comes in blocks."""
+  at = 0
+  for block in blocks:
+    piece = block[max(low - at, 0) : max(high - at, 0)]
+    if piece:
+      yield documents.Part(piece)
+    at += len(block)
+
+
+def _as_measured(name: str, blocks: Iterator[str], characters: int) -> Iterator[str]:
+  for block in blocks:
+    characters -= len(block)
+    yield block
+  if characters:
+    raise errors.UserError(f'data.path: {name} changed while it was read')
+
+
+def _documents(path: str, field: str) -> Iterator[tuple[str, Iterator[str]]]:
+  """Names and texts of a file's documents; a text comes in blocks, none of them empty."""
+  with _reading(path), _open(path) as file:
+    if not path.removesuffix('.gz').removesuffix('.zst').endswith('.jsonl'):
+      yield path, _text(path, file)
+      return
+    number = 0
+    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b''), start=1):
+      yield f'{path}:{number}', iter([_field(f'{path}, line {number}', line, field)])
+    if not number:
+      raise errors.UserError(f'data.path: {path} is empty')
+
+
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+  """Tells which file it is that can't be read."""
+  try:
+    yield
+  except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+    raise errors.UserError(f'data.path: {path} is damaged: {error}') from error
+  except OSError as error:
+    raise errors.UserError(f"data.path: can't read {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _open(path: str) -> Iterator[BinaryIO]:
+  if not stat.S_ISREG(os.stat(path).st_mode):
+    raise errors.UserError(f'data.path: {path} is not a regular file')
+  if path.endswith('.gz'):
+    with gzip.open(path) as file:
+      yield file  # type: ignore[misc]
+  elif path.endswith('.zst'):
+    # Several frames follow each other where files were joined, or packed in parallel.
+    decompressor = zstandard.ZstdDecompressor()
+    with open(path, 'rb') as packed, decompressor.stream_reader(packed, read_across_frames=True) as file:
+      yield _Lines(file)  # type: ignore[misc]
+  else:
+    with open(path, 'rb') as file:
+      yield file
+
+
+class _Lines:
+  """`readline` for a stream that has only `read`."""
+
+  def __init__(self, file: BinaryIO):
+    self._file, self._rest = file, b''
+
+  def read(self, size: int) -> bytes:
+    return self._file.read(size)
+
+  def readline(self, limit: int) -> bytes:
+    parts, size = [], 0
+    while size < limit:
+      end = self._rest.find(b'\n') + 1
+      if end:
+        parts.append(self._rest[:end])
+        self._rest = self._rest[end:]
+        break
+      parts.append(self._rest)
+      size += len(self._rest)
+      self._rest = self._file.read(BLOCK_BYTES)
+      if not self._rest:
+        break
+    return b''.join(parts)
+
+
+def _text(path: str, file: BinaryIO) -> Iterator[str]:
+  decoder = codecs.getincrementaldecoder('utf-8')()
+  read, shown = 0, 0  # bytes and characters before the block
+  while True:
+    with _reading(path):
+      data = file.read(BLOCK_BYTES)
+    if not read:
+      if not data:
+        raise errors.UserError(f'data.path: {path} is empty')
+      if data.startswith(codecs.BOM_UTF8):
+        raise errors.UserError(f'data.path: {path} begins with a byte-order mark (EF BB BF), which is not text: save it as UTF-8 without one')
+    pending = len(decoder.getstate()[0])
+    try:
+      text = decoder.decode(data, final=not data)
+    except UnicodeDecodeError as error:
+      wrong = error.object[error.start]
+      raise errors.UserError(f"data.path: {path} isn't UTF-8 text: byte 0x{wrong:02x} at offset {read - pending + error.start}") from error
+    if text:
+      _check_text(path, text, shown)
+      yield text
+    if not data:
+      return
+    read, shown = read + len(data), shown + len(text)
+
+
+def _field(where: str, line: bytes, field: str) -> str:
+  """The text of a .jsonl line."""
+  if len(line) >= MAX_LINE_BYTES:
+    raise errors.UserError(f'data.path: {where} is longer than {MAX_LINE_BYTES} bytes')
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError) as error:
+    raise errors.UserError(f"data.path: {where} isn't JSON: {error}") from error
+  text = row.get(field) if isinstance(row, dict) else None
+  if not isinstance(text, str):
+    raise errors.UserError(f'data.path: {where} has no text in the field data.field={field}')
+  if not text:
+    raise errors.UserError(f'data.path: {where} is an empty document')
+  _check_text(where, text, 0)
+  return text
+
+
+def _check_text(where: str, text: str, offset: int) -> None:
+  """Raises UserError for what no text holds."""
+  for wrong, name in (('\0', 'NUL'), ('\ufeff', 'a byte-order mark')):
+    at = text.find(wrong)
+    if at >= 0:
+      raise errors.UserError(f'data.path: {where} holds {name}, {wrong!r}, at character {offset + at}, which is not text')
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise errors.UserError(
+        f'data.path: {where} holds {text[error.start]!r} at character {offset + error.start}: half a surrogate pair, not text'
+    ) from error
+
+
+def _find_files(path: str) -> list[str]:
+  """Files that data.path names, sorted, each once. What exists as written is taken so, even with a comma or a star in its name."""
+  parts = [path] if os.path.exists(os.path.expanduser(path)) else [part.strip() for part in path.split(',')]
+  found = set()
+  for part in filter(None, parts):
+    part = os.path.expanduser(part)
+    names = [part] if os.path.exists(part) else glob.glob(part, recursive=True)
+    if not names:
+      raise errors.UserError(f"data.path={path}: {part} doesn't exist" + (' and matches nothing' if glob.has_magic(part) else ''))
+    for name in names:
+      found.update(_walk(name) if os.path.isdir(name) else [name])
+  if not found:
+    raise errors.UserError(f'data.path={path} holds no files')
+  return sorted(found)
+
+
+def _walk(directory: str) -> list[str]:
+  """Files below `directory`; hidden files and folders are skipped."""
+  found = []
+  for folder, folders, names in os.walk(directory):
+    folders[:] = [name for name in folders if not name.startswith('.')]
+    found += [os.path.join(folder, name) for name in names if not name.startswith('.')]
+  return found

@@ -1,0 +1,52 @@
+"""A split as tokens, and what its documents measure as text."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+# One record a document. `tokens` are those to be predicted: all after the document's first token, which is `end_of_text`, and the
+# `end_of_text` that closes it. The other measures are of the text that those tokens stand for.
+DOCUMENT = np.dtype(
+  [
+    ('start', '<i8'),  # place of its first token
+    ('tokens', '<i8'),
+    ('bytes', '<i8'),  # UTF-8
+    ('characters', '<i8'),
+    ('words', '<i8'),  # set apart by white space
+    ('unknowns', '<i8'),  # pieces that have no id
+    ('unknown_bytes', '<i8'),  # UTF-8 bytes of those pieces
+  ]
+)
+
+
+class Range(NamedTuple):
+  """A corpus within a split of several."""
+
+  start: int
+  stop: int
+  weight: float  # its share of what is drawn; all add up to 1
+
+
+class Split(NamedTuple):
+  """Tokens of documents, each after `end_of_text`, with one more at the end."""
+
+  tokens: np.ndarray  # [N], of an unsigned type
+  documents: np.ndarray  # DOCUMENT, [number of documents]
+  ranges: tuple[Range, ...]
+  is_reply: np.ndarray | None = None  # bool [N], where replies alone are learned and scored
+
+
+def prefix(split: Split, length: int) -> Split:
+  """The first `length` tokens; a document that they end within is measured in proportion."""
+  if length >= len(split.tokens):
+    return split
+  records = split.documents[split.documents['start'] < length - 1].copy()
+  last = records[-1]
+  place = slice(int(last['start']) + 1, length)
+  counted = place.stop - place.start if split.is_reply is None else int(split.is_reply[place].sum())
+  share = counted / max(int(last['tokens']), 1)
+  for name in records.dtype.names[2:]:
+    last[name] = round(int(last[name]) * share)
+  last['tokens'] = counted
+  is_reply = None if split.is_reply is None else split.is_reply[:length]
+  return Split(split.tokens[:length], records, (Range(0, length, 1.0),), is_reply)

@@ -1,0 +1,1 @@
+"""What is said of generated text beside the text that was trained on."""

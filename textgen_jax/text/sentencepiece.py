@@ -1,0 +1,376 @@
+"""Pieces of words by the SentencePiece library, trained here or loaded: bytes spell what no piece holds, so that every text comes back."""
+
+import base64
+import codecs
+import io
+import itertools
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import sentencepiece  # the library: absolute imports don't see this module
+import tqdm
+
+from textgen_jax import errors
+from textgen_jax.text import base
+
+DEFAULT_VOCAB_SIZE = 4096
+END_OF_TEXT = '<|endoftext|>'
+TRAINING_BYTES = 64 << 20  # of text that training keeps: pieces of a larger corpus hardly change any more
+BLOCK_BYTES = 1 << 16      # what a sample of a larger corpus takes or leaves
+MAX_MODEL_BYTES = base.MAX_FILE_BYTES // 4 * 3 - 4096  # base64 of it must fit the file; Gemma's, of 256,000 pieces, has 4 MB
+
+# The library writes a space as this character, so that text which holds it needs another spelling.
+SPACE = '\u2581'
+# The library drops a line that holds one of these (SPACE aside, which would count as a space): lines end there.
+RESERVED = re.compile(f'[\n\0{SPACE}\u2585]')
+# It drops lines of over 4192 bytes, too: they are cut before a space, or anywhere where there is none.
+LINE = re.compile(r'.{1,1000}(?= |$)|.{1,1000}', re.DOTALL)
+SYMBOLS = ['\n', '\t']   # always pieces of their own: no piece spans a line
+NO_DUMMY_PREFIX = b'\x1a\x02\x18\x00'  # normalizer_spec { add_dummy_prefix: false }; what is appended to a protobuf overrides it
+FATAL = 3                # the library's log level above all that it tells: its errors arrive as exceptions
+
+
+class SentencePieceTokenizer:
+  """Ids are the model's; one more ends a text where the model has no such piece.
+
+  A model standardizes where it normalises characters or white space: it then encodes as the library does. Of every other model
+  with bytes among its pieces, `decode` inverts `encode`: U+2581, which the library takes for a space, and bytes that weren't UTF-8
+  are spelled in bytes.
+
+  Args:
+    model: a serialized ModelProto, the content of a .model file.
+  """
+
+  kind = 'sentencepiece'
+
+  def __init__(self, model: bytes):
+    self._model = model
+    self._processor = _processor(model)
+    self._pieces = [self._processor.id_to_piece(i) for i in range(self._processor.piece_size())]
+    trainer, normalizer = _message(model, 2), _message(model, 3)
+    unknown, end = self._processor.unk_id(), self._processor.eos_id()
+    # A piece that text can spell is no end of a text.
+    if end < 0 or not self._processor.is_control(end):
+      end = len(self._pieces)
+    self.special_ids = {'end_of_text': end, 'unknown': unknown}
+    self.vocab_size = max(len(self._pieces), end + 1)
+    self._table = self._texts(bytes(trainer.get(44, ' \u2047 '.encode())))
+    self._byte_fallback = bool(trainer.get(35, False))
+    # Defaults as in sentencepiece_model.proto, where a dummy prefix and the rest of the white space rules are on.
+    self.standardizes = bool(normalizer.get(2) or normalizer.get(4, True) or not normalizer.get(5, True) or trainer.get(24, False))
+    self._dummy_prefix = bool(normalizer.get(3, True))
+    self._spellings: dict[str, list[int]] = {}
+    self._prefix, self._cut_at = '', ''
+    if not self.standardizes:
+      self._spellings = self._spell()
+      self._prefix = ' ' if self._dummy_prefix else ''
+      self._processor = _processor(model + NO_DUMMY_PREFIX)  # only the text's first part takes a prefix: ours
+      self._cut_at = '' if self._dummy_prefix else self._separator()
+    special = re.escape(''.join(self._spellings))
+    part = {'': '[^{0}]+', '\n': r'[^\n{0}]*\n|[^\n{0}]+', ' ': r' [^ {0}]*|[^ {0}]+'}[self._cut_at]
+    self._special = re.compile(f'[{special}]' if special else '(?!)')
+    self._parts = re.compile(f'[{special}]|{part.format(special)}' if special else '(?s:.+)')
+
+  @classmethod
+  def train(cls, config: base.TokenizerConfig, texts: Iterable[str]) -> 'SentencePieceTokenizer':
+    """Learns pieces from `texts`, the training split, or reads `config.model_path`."""
+    if config.model_path:
+      return cls._read(config)
+    blocks, kept, size = _sample(texts)
+    lines = _lines(blocks)
+    first = next((line for line in lines if line.strip('\t')), '')
+    if not first:
+      raise errors.UserError('tokenizer.kind=sentencepiece needs a training text of at least 1 character besides line ends and tabs')
+    vocab_size = config.vocab_size or DEFAULT_VOCAB_SIZE
+    sampled = '' if kept == size else f', a sample of {size / 1e6:,.1f} MB'
+    print(f'sentencepiece: learning {vocab_size:,} pieces ({config.model_type}) from {kept / 1e6:,.1f} MB{sampled}', file=sys.stderr)
+    return cls(_learn(config, itertools.chain([first], lines)))
+
+  @classmethod
+  def _read(cls, config: base.TokenizerConfig) -> 'SentencePieceTokenizer':
+    field = f'tokenizer.model_path={config.model_path}'
+    try:
+      with open(config.model_path, 'rb') as file:
+        model = file.read(MAX_MODEL_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+      raise errors.UserError(f"{field} can't be read: {getattr(error, 'strerror', error)}") from error
+    if len(model) > MAX_MODEL_BYTES:
+      raise errors.UserError(f'{field} is too large for a SentencePiece model: it has more than {MAX_MODEL_BYTES} bytes')
+    try:
+      tokenizer = cls(model)
+    except errors.UserError as error:
+      raise errors.UserError(f'{field}: {error}') from error
+    if config.vocab_size not in (0, tokenizer.vocab_size):
+      raise errors.UserError(f"tokenizer.vocab_size={config.vocab_size} isn't the {tokenizer.vocab_size} of {field}: leave it at 0")
+    return tokenizer
+
+  @classmethod
+  def load(cls, directory: str | os.PathLike) -> 'SentencePieceTokenizer':
+    fields = base.read_fields(directory, {'kind': str, 'model': str})
+    path = pathlib.Path(directory) / base.FILE_NAME
+    try:
+      model = base64.b64decode(fields['model'], validate=True)
+    except ValueError as error:
+      raise errors.UserError(f"{path}: model isn't base64: {error}") from error
+    try:
+      return cls(model)
+    except errors.UserError as error:
+      raise errors.UserError(f'{path}: {error}') from error
+
+  def __reduce__(self):
+    return type(self), (self._model,)  # the library's object lives in C++
+
+  def encode(self, text: str) -> np.ndarray:
+    ids = self._encode_parts(text)[1]
+    return np.fromiter(itertools.chain.from_iterable(ids), np.int32, sum(map(len, ids)))
+
+  def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    """Bytes that aren't UTF-8 become U+FFFD."""
+    return _drop_prefix(self._to_bytes(ids), self._dummy_prefix).decode('utf-8', 'replace')
+
+  def unknowns(self, text: str) -> list[str]:
+    if self._byte_fallback:
+      return []
+    unknown, found = self.special_ids['unknown'], []
+    for part, ids in zip(*self._encode_parts(text), strict=True):
+      if unknown in ids:
+        pieces = [part] if part in self._spellings else self._processor.encode(part, out_type=str)
+        found += [piece if piece == part else piece.replace(SPACE, ' ') for piece, i in zip(pieces, ids, strict=True) if i == unknown]
+    return found
+
+  def cut(self, text: str) -> int:
+    if self._cut_at == '\n':
+      return text.rfind('\n') + 1
+    return max(text.rfind(' '), 0) if self._cut_at else 0
+
+  def incremental_decoder(self) -> '_PieceDecoder':
+    return _PieceDecoder(self)
+
+  def save(self, directory: str | os.PathLike) -> None:
+    base.write_fields(directory, self._fields())
+
+  def fingerprint(self) -> str:
+    return base.fingerprint(self._fields())
+
+  def pieces(self) -> list[str]:
+    """Every id's piece as the model spells it, with U+2581 for a space; what can't be printed is escaped."""
+    pieces = self._pieces + [END_OF_TEXT] * (self.vocab_size - len(self._pieces))
+    return [''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in piece) for piece in pieces]
+
+  def _fields(self) -> dict:
+    return {'format': base.FORMAT, 'kind': self.kind, 'model': base64.b64encode(self._model).decode()}
+
+  def _encode_parts(self, text: str) -> tuple[list[str], list[list[int]]]:
+    """The parts of `text` that are encoded apart, and the ids of each."""
+    try:
+      text.encode('utf-8', 'surrogateescape' if '\udc80' in self._spellings else 'strict')
+    except UnicodeEncodeError as error:
+      raise errors.UserError(f'character {text[error.start]!r} at offset {error.start} is half a surrogate pair, not text') from error
+    # At every place where `cut` may cut, not only there: a score summed over a long text rounds otherwise than over its parts.
+    parts = self._parts.findall(self._prefix + text) if text else []
+    if not self._special.search(text):
+      return parts, self._processor.encode(parts, out_type=int, num_threads=1)
+    ids = self._processor.encode(['' if part in self._spellings else part for part in parts], out_type=int, num_threads=1)
+    return parts, [self._spellings.get(part, found) for part, found in zip(parts, ids, strict=True)]
+
+  def _to_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+    return b''.join([self._table[i] for i in base.check_ids(ids, self.vocab_size).tolist()])
+
+  def _texts(self, unknown: bytes) -> list[bytes]:
+    """What each id decodes to."""
+    texts = []
+    for i, piece in enumerate(self._pieces):
+      if self._processor.is_control(i):
+        texts.append(b'')
+      elif self._processor.is_unknown(i):
+        texts.append(unknown)
+      elif self._processor.is_byte(i):
+        texts.append(bytes([int(piece[3:5], 16)]))  # <0x41>
+      else:
+        texts.append(piece.replace(SPACE, ' ').encode())
+    return texts + [b''] * (self.vocab_size - len(texts))
+
+  def _spell(self) -> dict[str, list[int]]:
+    """Ids of the characters that the library can't tell from others."""
+    if not self._byte_fallback:
+      return {SPACE: [self.special_ids['unknown']]}
+    byte_ids = {self._table[i][0]: i for i in range(len(self._pieces)) if self._processor.is_byte(i)}
+    # Bytes of an argument that weren't UTF-8 arrive as lone surrogates U+DC80..U+DCFF, and become those bytes again.
+    return {SPACE: [byte_ids[b] for b in SPACE.encode()]} | {chr(0xDC00 + b): [byte_ids[b]] for b in range(0x80, 0x100)}
+
+  def _separator(self) -> str:
+    """After '\\n', or before ' ', no piece goes on; '' where there is no such place."""
+    known = set(self._pieces)
+    # Unknown characters that follow each other become one piece.
+    if not any('\n' in piece[:-1] for piece in known) and (self._byte_fallback or '\n' in known):
+      return '\n'
+    if not any(SPACE in piece[1:] for piece in known) and (self._byte_fallback or SPACE in known):
+      return ' '
+    return ''
+
+
+class _PieceDecoder:
+
+  def __init__(self, tokenizer: SentencePieceTokenizer):
+    self._tokenizer = tokenizer
+    self._decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    self._at_start = True
+
+  def feed(self, ids: Sequence[int] | np.ndarray) -> str:
+    data = self._tokenizer._to_bytes(ids)
+    text = self._decoder.decode(_drop_prefix(data, self._at_start and self._tokenizer._dummy_prefix))
+    self._at_start = self._at_start and not data
+    return text
+
+  def flush(self) -> str:
+    self._at_start = True
+    return self._decoder.decode(b'', final=True)
+
+
+def _drop_prefix(data: bytes, prefixed: bool) -> bytes:
+  return data[1:] if prefixed and data.startswith(b' ') else data
+
+
+def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
+  sentencepiece.set_min_log_level(FATAL)
+  processor = sentencepiece.SentencePieceProcessor()
+  try:
+    processor.LoadFromSerializedProto(model)
+    for i in range(processor.piece_size()):
+      processor.id_to_piece(i)  # UnicodeDecodeError, a ValueError, in a damaged piece
+  except (RuntimeError, ValueError) as error:
+    raise errors.UserError(f"isn't a SentencePiece model, or is damaged: {_reason(error)}") from error
+  return processor
+
+
+def _message(data: bytes, wanted: int) -> dict[int, int | bytes]:
+  """Fields of the message in field `wanted` of a serialized protobuf, by number.
+
+  sentencepiece_model_pb2 isn't used: it refuses every protobuf library older than the one that generated it.
+  """
+  return {number: value for nested in (v for n, v in _proto_fields(data) if n == wanted) for number, value in _proto_fields(nested)}
+
+
+def _proto_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+  """Number and value of each field; source: protobuf.dev/programming-guides/encoding. The library has parsed `data` before."""
+  place = 0
+
+  def varint() -> int:
+    nonlocal place
+    value = shift = 0
+    while True:
+      byte = data[place]
+      place += 1
+      value |= (byte & 0x7F) << shift
+      shift += 7
+      if byte < 0x80:
+        return value
+
+  while place < len(data):
+    key = varint()
+    number, wire_type = key >> 3, key & 7
+    if wire_type == 0:
+      yield number, varint()
+      continue
+    size = {1: 8, 5: 4}[wire_type] if wire_type != 2 else varint()
+    yield number, data[place : place + size]
+    place += size
+
+
+def _sample(texts: Iterable[str]) -> tuple[list[bytes], int, int]:
+  """Blocks of lines spread evenly over `texts`, their size and that of all, in bytes.
+
+  Every 2^k-th block stays; k grows by one whenever the blocks pass TRAINING_BYTES.
+  """
+  blocks: list[bytes] = []
+  stride, kept, size = 1, 0, 0
+  with tqdm.tqdm(unit='B', unit_scale=True, desc='read', disable=None) as bar:
+    for index, block in enumerate(_blocks(texts)):
+      size += len(block)
+      bar.update(len(block))
+      if index % stride:
+        continue
+      blocks.append(block)
+      kept += len(block)
+      while kept > TRAINING_BYTES and len(blocks) > 1:
+        blocks, stride = blocks[::2], stride * 2
+        kept = sum(map(len, blocks))
+  return blocks, kept, size
+
+
+def _blocks(texts: Iterable[str]) -> Iterator[bytes]:
+  """`texts` as UTF-8 in blocks of whole lines, about BLOCK_BYTES each; only a line that is longer makes a longer one."""
+  waiting = io.BytesIO()
+  for text in texts:
+    try:
+      lines = text.encode().splitlines(keepends=True)
+    except UnicodeEncodeError as error:
+      raise errors.UserError(f'the training text holds {text[error.start]!r}, half a surrogate pair, which is not text') from error
+    for line in lines:
+      waiting.write(line)
+      if waiting.tell() >= BLOCK_BYTES:
+        yield waiting.getvalue()
+        waiting = io.BytesIO()
+    if lines and not lines[-1].endswith(b'\n'):
+      waiting.write(b'\n')
+  if waiting.tell():
+    yield waiting.getvalue()
+
+
+def _lines(blocks: list[bytes]) -> Iterator[str]:
+  """What the library may see: lines that it doesn't drop. Empties `blocks`, since the library keeps a copy."""
+  blocks.reverse()
+  while blocks:
+    for line in RESERVED.split(blocks.pop().decode()):
+      yield from LINE.findall(line)
+
+
+def _learn(config: base.TokenizerConfig, lines: Iterator[str]) -> bytes:
+  written = io.BytesIO()
+  vocab_size = config.vocab_size or DEFAULT_VOCAB_SIZE
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines,
+        model_writer=written,
+        model_type=config.model_type,
+        vocab_size=vocab_size,
+        hard_vocab_limit=config.vocab_size > 0,  # the default gives fewer where the text is small
+        byte_fallback=True,
+        character_coverage=0.9995,               # bytes spell the rarest characters, which would crowd out pieces
+        normalization_rule_name='identity',
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,       # indentation
+        user_defined_symbols=SYMBOLS,
+        unk_id=0,
+        eos_id=1,
+        eos_piece=END_OF_TEXT,
+        bos_id=-1,
+        pad_id=-1,
+        num_threads=1,                           # sums in one order: the same pieces on every machine
+        minloglevel=FATAL,
+    )
+  except (RuntimeError, ValueError) as error:
+    raise _refusal(config, vocab_size, str(error)) from error
+  return written.getvalue()
+
+
+def _refusal(config: base.TokenizerConfig, vocab_size: int, message: str) -> errors.UserError:
+  """The library's refusal to train, in the user's terms."""
+  if found := re.search(r'too high .*<= (\d+)', message):
+    return errors.UserError(f'tokenizer.vocab_size={vocab_size} is above the {found[1]} that the training text gives')
+  if found := re.search(r'smaller than required_chars\. \d+ vs (\d+)', message):
+    return errors.UserError(
+        f'tokenizer.vocab_size={vocab_size} is below {found[1]}:'
+        f' 256 bytes, {len(SYMBOLS) + 2} symbols and the characters of the training text take that many'
+    )
+  return errors.UserError(f"tokenizer.model_type={config.model_type}, vocab_size={vocab_size}: can't learn pieces: {_reason(message)}")
+
+
+def _reason(error: object) -> str:
+  """A library's message on one line."""
+  return ' '.join(str(error).split())[:200]
