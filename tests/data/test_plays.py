@@ -66,28 +66,18 @@ def test_play_reads_as_scenes_of_names_and_lines():
 
 
 @pytest.mark.parametrize(
-  ('headings', 'names'),
+  ('play', 'names'),
   [
-    (['# A Play', '## PROLOGUE', '### SCENE I. A heath.', '### SCENE II', '## ACT I', '### SCENE I.'], ['prologue.1', 'prologue.2', '1.1']),
-    (['## PROLOGUE. Before the castle', '## ACT I'], ['prologue', '1']),
-    (['## ACT I', '### Prologue', '## SCENE I. A desert.', '#### ACT IV', '### PROLOGUE', '### SCENE IX.'], ['1.prologue', '1.1', '4.prologue', '4.9']),
-    (['## ACT III', '### SCENE XIV.', '# INTERMISSION', '### SCENE XV.'], ['3.14', 'intermission', '3.15']),
-    (['## ACT IV', '### SCENE IV. A field.', '### SCENE IV. A hill.', '# EPILOGUE'], ['4.4', '4.4b', 'epilogue']),
-    (['## ACT I', 'SCENE II: Belmont.', 'SCENE VI:'], ['1.2', '1.6']),
-    (['', '# Title'], ['start', 'title']),
+    ('# A Play|## PROLOGUE|### SCENE I. A heath.|!|### SCENE II|!|## ACT I|### SCENE I.|!', ['prologue.1', 'prologue.2', '1.1']),
+    ('## PROLOGUE. Before the castle|!|## ACT I|!', ['prologue', '1']),
+    ('## ACT I|### Prologue|!|## SCENE I. A desert.|!|#### ACT IV|### PROLOGUE|!', ['1.prologue', '1.1', '4.prologue']),
+    ('## ACT III|### SCENE XIV.|!|# INTERMISSION|### SCENE XV.|!', ['3.14', '3.15']),
+    ('## ACT V|### SCENE IV. A field.|!|### SCENE IV. A hill.|!|# EPILOGUE|!', ['5.4', '5.4b', 'epilogue']),
+    ('## ACT I|SCENE II: Belmont.|!|SCENE VI:|!', ['1.2', '1.6']),
+    ('!|# Title|!', ['start', 'title']),
+    ('## ACT I|### SCENE I.|**ADA**\n_Exit_|### SCENE II.|!', ['1.2']),  # a scene without a speech
   ],
 )
-def test_scenes_are_named_by_act_and_number(headings, names):
-  skipped = {'# A Play', '# Title'} if names[0] != 'start' else set()
-  markdown = '\n\n'.join(f'{heading}\n\n' + ('' if _opens_no_scene(heading, headings) or heading in skipped else '**ADA**\nSo.') for heading in headings)
-  assert plays.scenes(markdown) == {name: ['ADA:\nSo.\n\n'] for name in names}
-
-
-def _opens_no_scene(heading, headings):
-  """Another heading of the same place follows at once: nobody speaks between them."""
-  after = headings[headings.index(heading) + 1 :]
-  return bool(after) and ('ACT' in heading or heading == '## PROLOGUE')
-
-
-def test_scene_without_speech_is_left_out():
-  assert plays.scenes('## ACT I\n\n### SCENE I.\n\n**ADA**\n_Exit_\n\n### SCENE II.\n\n**BOB**\nSo.') == {'1.2': ['BOB:\nSo.\n\n']}
+def test_scenes_are_named_by_act_and_number(play, names):
+  markdown = play.replace('|', '\n\n').replace('!', '**ADA**\nSo.')
+  assert list(plays.scenes(markdown).items()) == [(name, ['ADA:\nSo.\n\n']) for name in names]

@@ -1,18 +1,60 @@
+import dataclasses
 import json
+import math
 
+import numpy as np
 import pytest
 
 from textgen_jax import errors
 from textgen_jax.text import base, build
 
-GOOD = {'format': 1, 'kind': 'char', 'characters': 'abc', 'unknown_symbol': '', 'document_start': 0}
+GOOD = {'format': base.FORMAT, 'kind': 'char', 'characters': 'abc', 'unknown_symbol': ''}
+# Each kind's id for every piece of the text is learned from it; sentencepiece needs as many ids as there are bytes, and more.
+TEXT = 'some text, and some more text: the text of some\n' * 20
+CONFIGS = {kind: base.TokenizerConfig(kind=kind) for kind in build.KINDS}
+CONFIGS['word'] = base.TokenizerConfig(kind='word', coverage=1.0)
+CONFIGS['sentencepiece'] = base.TokenizerConfig(kind='sentencepiece', vocab_size=280)
 
 
 @pytest.mark.parametrize('kind', build.KINDS)
 def test_trains_the_kind_that_is_asked_for(kind):
-  tokenizer = build.train(base.TokenizerConfig(kind=kind), ['some text'])
+  tokenizer = build.train(CONFIGS[kind], [TEXT])
   assert tokenizer.kind == kind
-  assert tokenizer.decode(tokenizer.encode('text')) == 'text'
+  assert tokenizer.decode(tokenizer.encode('more text\n')) == 'more text\n'
+
+
+@pytest.mark.parametrize('kind', build.KINDS)
+def test_what_every_kind_promises(kind, tmp_path):
+  tokenizer = build.train(CONFIGS[kind], [TEXT])
+  ids, end = tokenizer.encode(TEXT), tokenizer.special_ids['end_of_text']
+  assert ids.dtype == np.int32
+  assert 0 <= end < tokenizer.vocab_size
+  assert 0 <= ids.min() <= ids.max() < tokenizer.vocab_size
+  assert end not in ids
+  assert tokenizer.decode([end]) == ''
+  assert tokenizer.decode([end, *ids, end]) == TEXT
+  assert tokenizer.unknowns(TEXT) == []
+  assert not tokenizer.standardizes
+  assert tokenizer.encode('').shape == (0,)
+  place = tokenizer.cut(TEXT[:-3])
+  assert 0 < place <= len(TEXT) - 3
+  assert [*tokenizer.encode(TEXT[:place]), *tokenizer.encode(TEXT[place:])] == ids.tolist()
+  for outside in (-1, tokenizer.vocab_size):
+    with pytest.raises(errors.UserError, match='outside the vocabulary'):
+      tokenizer.decode([outside])
+    with pytest.raises(errors.UserError, match='outside the vocabulary'):
+      tokenizer.incremental_decoder().feed([outside])
+  tokenizer.save(tmp_path / 'saved')
+  loaded = build.load(tmp_path / 'saved')
+  assert (loaded.fingerprint(), loaded.special_ids) == (tokenizer.fingerprint(), tokenizer.special_ids)
+  assert loaded.encode(TEXT).tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize('kind', build.KINDS)
+def test_a_stream_gives_the_whole_text(kind):
+  tokenizer = build.train(CONFIGS[kind], [TEXT])
+  ids, decoder = tokenizer.encode(TEXT), tokenizer.incremental_decoder()
+  assert ''.join([decoder.feed([i]) for i in ids] + [decoder.flush()]) == TEXT
 
 
 @pytest.mark.parametrize(
@@ -21,13 +63,38 @@ def test_trains_the_kind_that_is_asked_for(kind):
         (base.TokenizerConfig(kind='bite'), 'tokenizer.kind=bite .* byte?'),
         (base.TokenizerConfig(kind=''), 'tokenizer.kind='),
         (base.TokenizerConfig(unknown_symbol='ab'), "unknown_symbol='ab' must be empty or one"),
-        (base.TokenizerConfig(kind='byte', unknown_symbol='?'), 'char only'),
         (base.TokenizerConfig(unknown_symbol='\ud800'), 'one character'),
+        (base.TokenizerConfig(kind='word', vocab_size=-1), 'tokenizer.vocab_size=-1 is below 0'),
+        (base.TokenizerConfig(kind='word', coverage=0.0), r'tokenizer.coverage=0.0 is not in \(0, 1\]'),
+        (base.TokenizerConfig(kind='word', coverage=1.1), r'tokenizer.coverage=1.1 is not in \(0, 1\]'),
+        (base.TokenizerConfig(kind='word', coverage=math.nan), r'tokenizer.coverage=nan is not in \(0, 1\]'),
+        (base.TokenizerConfig(kind='sentencepiece', model_type='unigrm'), "tokenizer.model_type=unigrm .* 'unigram'"),
     ],
 )
 def test_wrong_configuration_is_named(config, message):
   with pytest.raises(errors.UserError, match=message):
     build.check(config)
+
+
+OTHERS = {
+    'unknown_symbol': '?', 'vocab_size': 300, 'coverage': 0.5, 'standardize': True, 'model_type': 'unigram', 'model_path': 'x.model'
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', build.KINDS)
+@pytest.mark.parametrize('field', OTHERS)
+def test_a_field_that_the_kind_does_not_read_is_refused(kind, field):
+  config = base.TokenizerConfig(kind=kind, **{field: OTHERS[field]})
+  if kind in build.READ_BY[field]:
+    build.check(config)
+  else:
+    with pytest.raises(errors.UserError, match=f'tokenizer.{field}=.* is for tokenizer.kind=.* only, not {kind}'):
+      build.check(config)
+
+
+def test_every_field_is_read_by_some_kind():
+  fields = {field.name for field in dataclasses.fields(base.TokenizerConfig)} - {'kind'}
+  assert set(OTHERS) == set(build.READ_BY) == fields
 
 
 def test_loads_what_is_good(tmp_path):
@@ -49,7 +116,8 @@ def test_loads_what_is_good(tmp_path):
             for change in (
                 {'kind': 'pickle'},
                 {'kind': 3},
-                {'format': 2},
+                {'format': 1},
+                {'format': base.FORMAT + 1},
                 {'format': True},
                 {'characters': 'aab'},
                 {'characters': 'cba'},
@@ -57,10 +125,7 @@ def test_loads_what_is_good(tmp_path):
                 {'characters': ['a', 'b']},
                 {'characters': 'a\ud800'},
                 {'unknown_symbol': '??'},
-                {'document_start': 3},
-                {'document_start': -1},
-                {'document_start': True},
-                {'document_start': 0.0},
+                {'unknown_symbol': None},
             )
         ),
     ],

@@ -15,6 +15,7 @@ def test_decode_inverts_encode(text):
   ids = tokenizer.encode(text)
   assert ids.dtype == np.int32
   assert bytes(ids.tolist()) == text.encode()
+  assert tokenizer.special_ids['end_of_text'] not in ids
   assert tokenizer.decode(ids) == text
 
 
@@ -51,10 +52,33 @@ def test_stream_holds_back_half_a_character():
   assert decoder.flush() == '\ufffd'
 
 
-@pytest.mark.parametrize('ids', [[-1], [256], [3, 300]])
+@pytest.mark.parametrize('ids', [[-1], [257], [3, 300]])
 def test_ids_outside_the_vocabulary_are_refused(ids):
-  with pytest.raises(ValueError, match='outside'):
-    byte.ByteTokenizer().decode(ids)
+  tokenizer = byte.ByteTokenizer()
+  for decode in (tokenizer.decode, tokenizer.incremental_decoder().feed):
+    with pytest.raises(errors.UserError, match=r'outside the vocabulary \[0, 257\)'):
+      decode(ids)
+
+
+def test_the_end_of_a_text_is_nothing_to_read():
+  tokenizer = byte.ByteTokenizer()
+  end = tokenizer.special_ids['end_of_text']
+  assert end == 256 == tokenizer.vocab_size - 1
+  assert tokenizer.decode([97, end, 98]) == 'ab'
+  assert tokenizer.decode([end]) == ''
+  decoder = tokenizer.incremental_decoder()
+  assert [decoder.feed([i]) for i in (0xC3, end, 0xA9)] == ['', '', '\u00e9']  # no byte of a character
+
+
+def test_nothing_is_unknown_and_any_place_will_do_to_cut():
+  tokenizer, text = byte.ByteTokenizer(), 'na\u00efve \u4e16\udcff'
+  assert tokenizer.unknowns(text) == []
+  assert tokenizer.cut(text) == len(text)
+  assert tokenizer.cut('') == 0
+  for place in range(len(text)):
+    parts = [tokenizer.encode(text[:place]), tokenizer.encode(text[place:])]
+    assert np.concatenate(parts).tolist() == tokenizer.encode(text).tolist()
+  assert not tokenizer.standardizes
 
 
 def test_saves_and_loads(tmp_path):
@@ -63,5 +87,4 @@ def test_saves_and_loads(tmp_path):
   loaded = build.load(tmp_path)
   assert loaded.kind == 'byte'
   assert loaded.fingerprint() == tokenizer.fingerprint()
-  assert loaded.special_ids == {'document_start': 10}
-  assert loaded.byte_lengths().tolist() == [1] * 256
+  assert loaded.special_ids == {'end_of_text': 256}

@@ -11,25 +11,44 @@ def train(*texts, unknown_symbol=''):
 
 def test_ids_follow_code_points():
   tokenizer = train('ba\n', '\u4e16a\U0001f600')
-  assert tokenizer.vocab_size == 5
+  assert tokenizer.vocab_size == 6
   ids = tokenizer.encode('\nab\u4e16\U0001f600b')
   assert ids.dtype == np.int32
   assert ids.tolist() == [0, 1, 2, 3, 4, 2]
   assert tokenizer.decode(ids) == '\nab\u4e16\U0001f600b'
-  assert tokenizer.byte_lengths().tolist() == [1, 1, 1, 3, 4]
   assert tokenizer.encode('').shape == (0,)
   assert tokenizer.decode([]) == ''
 
 
-def test_byte_lengths_sum_to_the_text():
-  text = 'na\u00efve \u4e16\u754c \U0001f600'
-  tokenizer = train(text)
-  assert tokenizer.byte_lengths()[tokenizer.encode(text)].sum() == len(text.encode())
+@pytest.mark.parametrize('symbol', ['', '?'])
+def test_the_end_of_a_text_has_an_id_of_its_own_and_is_nothing_to_read(symbol):
+  tokenizer = train('a\nb', unknown_symbol=symbol)
+  end = tokenizer.special_ids['end_of_text']
+  assert end == tokenizer.vocab_size - 1 == 3 + len(symbol)
+  assert tokenizer.decode([1, end, end, 2]) == 'ab'
+  assert tokenizer.decode([end]) == ''
+  assert tokenizer.incremental_decoder().feed([end, 1]) == 'a'
+  assert end not in tokenizer.encode('a\nb')
 
 
-def test_document_starts_with_a_newline_or_else_the_first_character():
-  assert train('xa\nb').special_ids == {'document_start': 0}
-  assert train('', 'xab').special_ids == {'document_start': 2}
+def test_unknowns_are_the_characters_that_become_the_symbol():
+  tokenizer = train('abc?', unknown_symbol='?')
+  assert tokenizer.unknowns('a?z\u00e9zb') == ['z', '\u00e9', 'z']  # the symbol that the text holds is known
+  assert train('abc').unknowns('abc') == []
+  assert not tokenizer.standardizes
+
+
+def test_any_place_will_do_to_cut():
+  tokenizer = train('abc')
+  assert [tokenizer.cut(text) for text in ('', 'a', 'abca')] == [0, 1, 4]
+
+
+@pytest.mark.parametrize('ids', [[-1], [4], [0, 2**31]])
+def test_ids_outside_the_vocabulary_are_refused(ids):
+  tokenizer = train('abc')
+  for decode in (tokenizer.decode, tokenizer.incremental_decoder().feed):
+    with pytest.raises(errors.UserError, match=r'outside the vocabulary \[0, 4\)'):
+      decode(ids)
 
 
 @pytest.mark.parametrize(('text', 'offset'), [('abcz', 3), ('\u00e9', 0), ('a\U0010ffff', 1), ('a\udc80', 1), ('\x00', 0)])
@@ -41,11 +60,10 @@ def test_unknown_character_is_named(text, offset):
 
 def test_unknown_symbol_has_an_id_of_its_own():
   tokenizer = train('abc?\n', unknown_symbol='?')
-  assert tokenizer.vocab_size == 6
-  assert tokenizer.special_ids == {'document_start': 0, 'unknown': 5}
+  assert tokenizer.vocab_size == 7
+  assert tokenizer.special_ids == {'unknown': 5, 'end_of_text': 6}
   assert tokenizer.encode('az\udc80\U0010ffff?').tolist() == [2, 5, 5, 5, 1]
   assert tokenizer.decode([2, 5, 1]) == 'a??'
-  assert len(tokenizer.byte_lengths()) == 6
 
 
 def test_stream_equals_whole():

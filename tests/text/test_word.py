@@ -109,6 +109,14 @@ def test_unknown_pieces_are_told_and_keep_their_place_and_spaces():
     assert (ids == tokenizer.special_ids['unknown']).sum() == len(unknown)
 
 
+def test_an_unknown_piece_is_spaced_as_a_word():
+  tokenizer = train('a b, "c"', vocab_size=8)
+  assert tokenizer.pieces()[5:] == ['"', ',', 'a']
+  assert shown(tokenizer, 'a zz zz, zz') == ['a', '<unk>', '<unk>', ',', '<unk>']
+  assert shown(tokenizer, 'a: zz') == ['a', '<glue>', '<unk>', '<unk>']
+  assert train('a').unknowns('"a" *a*') == ['"', '"', '*', '*']
+
+
 def test_a_sign_known_in_one_use_is_known_in_both():
   tokenizer = train('a"')
   assert tokenizer.unknowns('"a" said') == ['said']
@@ -119,7 +127,7 @@ def test_a_sign_known_in_one_use_is_known_in_both():
 @pytest.mark.parametrize(
     ('fields', 'words'),
     [
-        # 10 pieces: c 4, b 3, a and comma 1 each (a comma sorts before letters), d 1.
+        # 10 pieces: c 4, b 3, and in the order of their code points comma, a, d 1 each.
         ({'coverage': 1.0}, ['c', 'b', ',', 'a', 'd']),
         ({'coverage': 0.4}, ['c']),
         ({'coverage': 0.41}, ['c', 'b']),
@@ -132,8 +140,8 @@ def test_a_sign_known_in_one_use_is_known_in_both():
     ],
 )
 def test_the_most_frequent_words_are_chosen(fields, words):
-  tokenizer = train('c b c\n', '\n\nb c b,\n', 'a d c\n', **fields)
-  assert tokenizer.pieces() == ['<unk>', '<eol>', '<eot>', '<glue>', '<space>', *words]
+  tokenizer = train('c b c\n', '\n\nb c b,\n', 'd a c\n', **fields)
+  assert tokenizer.pieces() == ['<unk>', '<eol>', base.END_OF_TEXT, '<glue>', '<space>', *words]
   assert tokenizer.vocab_size == 5 + len(words)
   assert tokenizer.special_ids == {'unknown': 0, 'end_of_line': 1, 'end_of_text': 2, 'glue': 3, 'space': 4}
 

@@ -42,7 +42,7 @@ class CopyIndex:
   """Finds verbatim copies of `documents`, pairs of name and text. No copy spans two documents.
 
   Characters become numbers of 1 byte where the documents know at most 253 of them, of 2 or 4 else, so that all offsets count
-  characters. Takes 5 bytes a character (6 or 8 where numbers take 2 or 4), 9 while it is built (10 or 20).
+  characters. Takes 5 bytes a character; 6 or 8 where numbers take 2 or 4.
 
   Raises:
     UserError: over 2**31 - 1 bytes of numbers, or pydivsufsort isn't installed.
@@ -62,11 +62,7 @@ class CopyIndex:
       raise errors.UserError(f'the training text takes {size} bytes: copies are found in at most {MAX_BYTES}')
     self._width = width
     self._numbers = np.where(known, np.cumsum(known), num_known + 1).astype(f'>u{width}')  # the bytes sort as the numbers do
-    text = bytearray()
-    for _, one in documents:
-      text += self._encode(one) + bytes(width)
-    self._text = bytes(text)
-    del text
+    self._text = b''.join(self._encode(text) + bytes(width) for _, text in documents)
     self._suffixes = _suffix_array(self._text, width)
 
   def longest(self, sample: str) -> Copy:

@@ -14,6 +14,7 @@ from textgen_jax import errors
 
 FILE_NAME = 'tokenizer.json'
 FORMAT = 2  # of that file
+END_OF_TEXT = '<|endoftext|>'  # how people read that id
 MAX_FILE_BYTES = 64 << 20  # every Unicode character, escaped, takes 13 MiB
 
 
@@ -61,6 +62,9 @@ class Tokenizer(Protocol):
 
   def cut(self, text: str) -> int:
     """The last place where `text` can be cut so that its parts, encoded apart, give the ids of the whole, whatever follows; 0: nowhere."""
+
+  def pieces(self) -> list[str]:
+    """Each id as text for people to read, in the ids' order."""
 
   def incremental_decoder(self) -> IncrementalDecoder:
     """A decoder for streaming."""

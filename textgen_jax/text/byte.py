@@ -49,6 +49,9 @@ class ByteTokenizer:
   def cut(self, text: str) -> int:
     return len(text)
 
+  def pieces(self) -> list[str]:
+    return [chr(i) if 32 <= i < 127 else f'<0x{i:02X}>' for i in range(256)] + [base.END_OF_TEXT]
+
   def incremental_decoder(self) -> '_ByteDecoder':
     return _ByteDecoder()
 

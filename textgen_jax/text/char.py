@@ -83,6 +83,9 @@ class CharTokenizer:
   def cut(self, text: str) -> int:
     return len(text)
 
+  def pieces(self) -> list[str]:
+    return [*self._characters, *(['<unk>'] if self._unknown_symbol else []), base.END_OF_TEXT]
+
   def incremental_decoder(self) -> '_CharDecoder':
     return _CharDecoder(self)
 

@@ -18,6 +18,7 @@ from textgen_jax import errors
 from textgen_jax.text import base
 
 DEFAULT_VOCAB_SIZE = 4096
+MAX_VOCAB_SIZE = 1 << 24  # the library sorts ten times as many candidates, in 32 bits
 END_OF_TEXT = '<|endoftext|>'
 TRAINING_BYTES = 64 << 20  # of text that training keeps: pieces of a larger corpus hardly change any more
 BLOCK_BYTES = 1 << 16      # what a sample of a larger corpus takes or leaves
@@ -51,18 +52,20 @@ class SentencePieceTokenizer:
     self._model = model
     self._processor = _processor(model)
     self._pieces = [self._processor.id_to_piece(i) for i in range(self._processor.piece_size())]
-    trainer, normalizer = _message(model, 2), _message(model, 3)
+    trainer, normalizer = _Message(model, 2), _Message(model, 3)
     unknown, end = self._processor.unk_id(), self._processor.eos_id()
     # A piece that text can spell is no end of a text.
     if end < 0 or not self._processor.is_control(end):
       end = len(self._pieces)
     self.special_ids = {'end_of_text': end, 'unknown': unknown}
     self.vocab_size = max(len(self._pieces), end + 1)
-    self._table = self._texts(bytes(trainer.get(44, ' \u2047 '.encode())))
-    self._byte_fallback = bool(trainer.get(35, False))
+    self._table = self._texts(trainer.texts.get(44, ' \u2047 '.encode()))
+    self._byte_fallback = bool(trainer.numbers.get(35, False))
     # Defaults as in sentencepiece_model.proto, where a dummy prefix and the rest of the white space rules are on.
-    self.standardizes = bool(normalizer.get(2) or normalizer.get(4, True) or not normalizer.get(5, True) or trainer.get(24, False))
-    self._dummy_prefix = bool(normalizer.get(3, True))
+    self._dummy_prefix = bool(normalizer.numbers.get(3, True))
+    merges_spaces, marks_spaces = normalizer.numbers.get(4, True), normalizer.numbers.get(5, True)
+    spaces_end_words = trainer.numbers.get(24, False)  # then the dummy prefix is a suffix
+    self.standardizes = bool(normalizer.texts.get(2) or merges_spaces or not marks_spaces or spaces_end_words)
     self._spellings: dict[str, list[int]] = {}
     self._prefix, self._cut_at = '', ''
     if not self.standardizes:
@@ -80,6 +83,8 @@ class SentencePieceTokenizer:
     """Learns pieces from `texts`, the training split, or reads `config.model_path`."""
     if config.model_path:
       return cls._read(config)
+    if config.vocab_size > MAX_VOCAB_SIZE:
+      raise errors.UserError(f'tokenizer.vocab_size={config.vocab_size} is above {MAX_VOCAB_SIZE}')
     blocks, kept, size = _sample(texts)
     lines = _lines(blocks)
     first = next((line for line in lines if line.strip('\t')), '')
@@ -138,8 +143,8 @@ class SentencePieceTokenizer:
     unknown, found = self.special_ids['unknown'], []
     for part, ids in zip(*self._encode_parts(text), strict=True):
       if unknown in ids:
-        pieces = [part] if part in self._spellings else self._processor.encode(part, out_type=str)
-        found += [piece if piece == part else piece.replace(SPACE, ' ') for piece, i in zip(pieces, ids, strict=True) if i == unknown]
+        spelled = [part] if part in self._spellings else [p.replace(SPACE, ' ') for p in self._processor.encode(part, out_type=str)]
+        found += [surface for surface, i in zip(spelled, ids, strict=True) if i == unknown]
     return found
 
   def cut(self, text: str) -> int:
@@ -247,24 +252,39 @@ def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
   return processor
 
 
-def _message(data: bytes, wanted: int) -> dict[int, int | bytes]:
-  """Fields of the message in field `wanted` of a serialized protobuf, by number.
+class _Message:
+  """Fields of the message in field `wanted` of a serialized protobuf, by their numbers.
 
   sentencepiece_model_pb2 isn't used: it refuses every protobuf library older than the one that generated it.
   """
-  return {number: value for nested in (v for n, v in _proto_fields(data) if n == wanted) for number, value in _proto_fields(nested)}
+
+  def __init__(self, data: bytes, wanted: int):
+    self.numbers: dict[int, int] = {}
+    self.texts: dict[int, bytes] = {}
+    for field, message in _proto_fields(data):
+      if field == wanted and isinstance(message, bytes):
+        for number, value in _proto_fields(message):
+          if isinstance(value, int):
+            self.numbers[number] = value
+          else:
+            self.texts[number] = value
 
 
 def _proto_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-  """Number and value of each field; source: protobuf.dev/programming-guides/encoding. The library has parsed `data` before."""
+  """Number and value of each field; source: protobuf.dev/programming-guides/encoding."""
   place = 0
 
-  def varint() -> int:
+  def take(size: int) -> bytes:
     nonlocal place
+    place += size
+    if place > len(data):
+      raise errors.UserError("isn't a SentencePiece model, or is damaged: a field is cut off")
+    return data[place - size : place]
+
+  def varint() -> int:
     value = shift = 0
     while True:
-      byte = data[place]
-      place += 1
+      byte = take(1)[0]
       value |= (byte & 0x7F) << shift
       shift += 7
       if byte < 0x80:
@@ -275,10 +295,10 @@ def _proto_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     number, wire_type = key >> 3, key & 7
     if wire_type == 0:
       yield number, varint()
-      continue
-    size = {1: 8, 5: 4}[wire_type] if wire_type != 2 else varint()
-    yield number, data[place : place + size]
-    place += size
+    elif wire_type in (1, 2, 5):
+      yield number, take(varint() if wire_type == 2 else {1: 8, 5: 4}[wire_type])
+    else:
+      raise errors.UserError(f"isn't a SentencePiece model, or is damaged: a field has type {wire_type}")
 
 
 def _sample(texts: Iterable[str]) -> tuple[list[bytes], int, int]:
@@ -288,7 +308,7 @@ def _sample(texts: Iterable[str]) -> tuple[list[bytes], int, int]:
   """
   blocks: list[bytes] = []
   stride, kept, size = 1, 0, 0
-  with tqdm.tqdm(unit='B', unit_scale=True, desc='read', disable=None) as bar:
+  with tqdm.tqdm(unit='B', unit_scale=True, desc='sentencepiece: read', disable=None) as bar:
     for index, block in enumerate(_blocks(texts)):
       size += len(block)
       bar.update(len(block))
@@ -354,7 +374,7 @@ def _learn(config: base.TokenizerConfig, lines: Iterator[str]) -> bytes:
         num_threads=1,                           # sums in one order: the same pieces on every machine
         minloglevel=FATAL,
     )
-  except (RuntimeError, ValueError) as error:
+  except RuntimeError as error:
     raise _refusal(config, vocab_size, str(error)) from error
   return written.getvalue()
 

@@ -17,7 +17,7 @@ from textgen_jax import errors
 from textgen_jax.text import base
 
 # Name and printed form, in order of id. No piece of a text is spelled like these: '<' is always a piece of its own.
-SPECIALS = {'unknown': '<unk>', 'end_of_line': '<eol>', 'end_of_text': '<eot>', 'glue': '<glue>', 'space': '<space>'}
+SPECIALS = {'unknown': '<unk>', 'end_of_line': '<eol>', 'end_of_text': base.END_OF_TEXT, 'glue': '<glue>', 'space': '<space>'}
 _MARKERS = ('glue', 'space')  # what standardising leaves out
 
 # Signs that open and close alike have two ids, told apart by their neighbours, or each would cost a marker. While a text is

@@ -34,7 +34,10 @@ def _main(argv: Sequence[str]) -> None:
     return
   command_line.parse_flags(values, argv)
   if values.show is None:
-    print(_table(values.fetch))
+    table, failures = _table(values.fetch)
+    print(table)
+    if failures:
+      raise failures[0]
     return
   if values.show not in corpora.CORPORA:
     raise errors.not_among('show', values.show, corpora.CORPORA)
@@ -44,17 +47,23 @@ def _main(argv: Sequence[str]) -> None:
   print('\n'.join(map(_beginning, itertools.islice(corpus.read(values.split), values.documents))))
 
 
-def _table(fetch: bool) -> str:
-  """A row of counts for each corpus, and below it what it is."""
+def _table(fetch: bool) -> tuple[str, list[errors.MachineFailed]]:
+  """A row of counts for each corpus, and below it what it is; with it what couldn't be fetched, which doesn't hide the rest."""
+  failures = []
   rows = [['corpus', 'sha256', *(f'{split}: documents, characters' for split in corpora.SPLITS)]]
   for name, source in corpora.CORPORA.items():
-    counts = _counts(source.open()) if fetch or _is_here(source) else ['not fetched']
+    counts = ['not fetched']
+    try:
+      if fetch or _is_here(source):
+        counts = _counts(source.open())
+    except errors.MachineFailed as error:
+      failures.append(error)
     rows.append([name, source.sha256[:12] or 'local', *counts])
   widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
   lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
   for i, source in reversed(list(enumerate(corpora.CORPORA.values(), start=1))):
     lines[i + 1 : i + 1] = [f'    {source.description}', f'    held out: {source.split}', f'    licence: {source.licence}']
-  return '\n'.join(lines)
+  return '\n'.join(lines), failures
 
 
 def _counts(corpus: documents.Corpus) -> list[str]:

@@ -102,6 +102,8 @@ def _main(argv: Sequence[str]) -> None:
   }
   if values.output and pathlib.Path(values.output).is_file():
     raise errors.UserError(f'output={values.output!r} is a file: name a directory')
+  if reserved := {'train', 'val'} & set(values.samples):
+    raise errors.UserError(f'samples={min(reserved)!r} is the name of another column: write ./{min(reserved)}')
   samples = {path: read_samples(path) for path in values.samples}
   train, val = read_texts('train', values.train), read_texts('val', values.val)
   if values.workdir and not (samples and train):
@@ -318,14 +320,14 @@ def plot(picture: Any, columns: Sequence[Column]) -> None:
     if column.novelty is not None and column.longest_copies is not None:
       novelty.plot(range(1, LONGEST_NGRAM + 1), [math.nan if value is None else value for value in column.novelty], **style)
       # The share of samples whose longest copy is at least x.
-      longest = sorted(map(len, column.longest_copies))
-      lengths.step([0, *longest], [1.0, *(1 - i / len(longest) for i in range(len(longest)))], where='pre', **line)
+      longest = sorted(max(1, len(one)) for one in column.longest_copies)
+      lengths.step([1, *longest, longest[-1]], [1.0, *(1 - i / len(longest) for i in range(len(longest))), 0.0], where='pre', **line)
   zipf.set(title='words by rank', xlabel='rank', ylabel='share of words')
   novelty.set(title='n-grams that are not in the training text', xlabel='n, words', ylabel='share', ylim=(-0.03, 1.03))
   lengths.set(title='longest copy of a sample', xlabel='at least so many characters', ylabel='share of samples', ylim=(0, 1.03))
   distinct.set(title='distinct-n, over equally many words', xlabel='n, words', ylabel='distinct n-grams / words', ylim=(0, 1.03))
   distinct.set_xticks(list(DISTINCT))
-  lengths.set_xscale('symlog', linthresh=10)
+  lengths.set_xscale('log')
   for axes in (zipf, novelty, lengths, distinct):
     axes.grid(alpha=0.3)
     axes.legend()

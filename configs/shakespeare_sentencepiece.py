@@ -1,0 +1,30 @@
+"""A subword Transformer on 34 of Shakespeare's plays: 2,048 BPE pieces learned from them.
+
+  python train.py --config=configs/shakespeare_sentencepiece.py --workdir=runs/shakespeare_sentencepiece
+
+SCORE
+"""
+
+from textgen_jax import experiment
+from textgen_jax.data import corpora
+from textgen_jax.models import transformer
+from textgen_jax.text import base
+from textgen_jax.training import optimizer
+
+
+def get_config() -> experiment.Experiment:
+  return experiment.Experiment(
+    data=corpora.DataConfig(corpus='shakespeare'),
+    tokenizer=base.TokenizerConfig(kind='sentencepiece', vocab_size=2048),
+    model=transformer.TransformerConfig(dim=128, num_layers=4, num_heads=4),
+    optimizer=optimizer.OptimizerConfig(peak_lr=3e-3, final_lr=1e-4, warmup_steps=100, b2=0.99),
+    training=experiment.TrainingConfig(
+      num_steps=2208,
+      batch_size=8,
+      sequence_length=128,
+      eval_every_steps=500,
+      eval_max_tokens=20_000,
+      checkpoint_every_steps=500,
+      sample_tokens=80,
+    ),
+  )
