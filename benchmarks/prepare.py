@@ -11,6 +11,7 @@ with a BPE of the same size that it trains itself, in batches of lines on all th
 """
 
 import argparse
+import base64
 import json
 import os
 import pathlib
@@ -63,7 +64,8 @@ def main() -> None:
 def write_text(path: pathlib.Path, size: int) -> None:
   sources = ('shakespeare', 'python_stdlib')
   opened = [corpora.open_corpora(corpora.DataConfig(corpus=name))[0][0] for name in sources]
-  lines = np.array([line for one in opened for document in one.read('train') for part in document.parts for line in part.text.splitlines()], object)
+  texts = [part.text for one in opened for document in one.read('train') for part in document.parts]
+  lines = np.array([line for text in texts for line in text.splitlines()], object)
   generator, written = np.random.default_rng(0), 0
   with open(path, 'w', encoding='utf-8') as file:
     while written < size:
@@ -114,8 +116,8 @@ def peers(lines: list[str], text: pathlib.Path) -> None:
 
   size = sum(len(line.encode()) for line in lines) / 1e6
   config = base.TokenizerConfig(kind='sentencepiece', **KINDS['sentencepiece'])
-  ours = prepare.prepare(corpora.DataConfig(path=str(text)), config).tokenizer
-  model = sentencepiece.SentencePieceProcessor(model_proto=ours.model)
+  saved = prepare.prepare(corpora.DataConfig(path=str(text)), config).directory / 'tokenizer' / base.FILE_NAME
+  model = sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(json.loads(saved.read_bytes())['model']))
   report('sentencepiece, our model, 1 thread', size, lambda: [model.encode(line) for line in lines])
   report('sentencepiece, our model, all threads', size, lambda: model.encode(lines, num_threads=len(os.sched_getaffinity(0))))
   peer = tokenizers.Tokenizer(tokenizers.models.BPE())

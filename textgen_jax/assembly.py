@@ -66,7 +66,7 @@ class Parts:
     make = windows.ContiguousStreams if c.windows == 'contiguous' else windows.RandomWindows
     self.windows = make(prepared.splits['train'], e.seed, c.batch_size, c.sequence_length, self.end_of_text)
     if not self.val.documents['tokens'].sum():
-      raise errors.UserError('the val split has no token to score: data.val_fraction leaves too little, or data.loss_on_replies finds no reply')
+      raise errors.UserError('the val split has no token to score: data.val_fraction leaves too little, or data.loss_on_replies no reply')
     try:
       generate.prompt_ids(self.tokenizer, c.sample_prompt)
     except errors.UserError as error:

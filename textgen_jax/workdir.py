@@ -50,11 +50,9 @@ def load(workdir: str | os.PathLike, checkpoint: str = 'best') -> Trained:
   about = kept.about(step)
   experiment = experiment_lib.from_json(about.get('experiment'), f'{path}/checkpoints/{step}')
   tokenizer = tokenizer_from(about.get('tokenizer'))
-  if tokenizer.fingerprint() != about.get('tokenizer_sha256'):
-    raise errors.UserError(
-      f'{path}/checkpoints/{step}: the tokenizer has SHA-256 {tokenizer.fingerprint()[:12]}, not the {str(about.get("tokenizer_sha256"))[:12]}'
-      ' that the checkpoint was trained with'
-    )
+  found, wanted = tokenizer.fingerprint(), str(about.get('tokenizer_sha256'))
+  if found != wanted:
+    raise errors.UserError(f'{path}/checkpoints/{step}: its tokenizer has SHA-256 {found[:12]}, and it was trained with {wanted[:12]}')
   model = build.build(experiment.model, tokenizer.vocab_size, experiment.training.sequence_length)
   params = kept.restore_params(step, abstract_params(model))
   kept.close()

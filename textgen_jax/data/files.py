@@ -69,10 +69,9 @@ def open_files(path: str, field: str, val_fraction: float) -> documents.Corpus:
     for document, blocks in _documents(names[0], field):
       yield documents.Document(document, _part(_as_measured(document, blocks, sizes[0]), low, high))
 
+  splits: tuple[str, ...] = ('train', 'val')
   if val_fraction == 1:
     splits, first_val = ('val',), 0
-  else:
-    splits = ('train', 'val')
   key = f'files:{digest.hexdigest()}:{val_fraction!r}:{FORMAT}'
   return documents.Corpus(path, key, splits, read_cut if len(sizes) == 1 and val_fraction < 1 else read, sum(sizes))
 
@@ -187,7 +186,7 @@ def _text(path: str, file: BinaryIO) -> Iterator[str]:
       if not data:
         raise errors.UserError(f'data.path: {path} is empty')
       if data.startswith(codecs.BOM_UTF8):
-        raise errors.UserError(f'data.path: {path} begins with a byte-order mark (EF BB BF), which is not text: save it as UTF-8 without one')
+        raise errors.UserError(f'data.path: {path} begins with a byte-order mark (EF BB BF): save it as UTF-8 without one')
     pending = len(decoder.getstate()[0])
     try:
       text = decoder.decode(data, final=not data)

@@ -309,7 +309,7 @@ class _SplitWriter:
   def _begin_document(self, name: str) -> None:
     start = self._state['tokens']
     self._close_document()
-    self._state['open'] = {**dict.fromkeys(tokens.DOCUMENT.names, 0), 'start': start}
+    self._state['open'] = {'start': start, 'tokens': 0, **dict.fromkeys(tokens.MEASURES, 0)}
     self._files['names'].write((json.dumps(name) + '\n').encode())
 
   def _close_document(self) -> None:

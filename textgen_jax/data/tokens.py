@@ -18,6 +18,8 @@ DOCUMENT = np.dtype(
   ]
 )
 
+MEASURES = ('bytes', 'characters', 'words', 'unknowns', 'unknown_bytes')
+
 
 class Range(NamedTuple):
   """A corpus within a split of several."""
@@ -45,7 +47,7 @@ def prefix(split: Split, length: int) -> Split:
   place = slice(int(last['start']) + 1, length)
   counted = place.stop - place.start if split.is_reply is None else int(split.is_reply[place].sum())
   share = counted / max(int(last['tokens']), 1)
-  for name in records.dtype.names[2:]:
+  for name in MEASURES:
     last[name] = round(int(last[name]) * share)
   last['tokens'] = counted
   is_reply = None if split.is_reply is None else split.is_reply[:length]

@@ -20,7 +20,7 @@ from textgen_jax.text import base
 DEFAULT_VOCAB_SIZE = 4096
 MAX_VOCAB_SIZE = 1 << 24  # the library sorts ten times as many candidates, in 32 bits
 END_OF_TEXT = '<|endoftext|>'
-TRAINING_BYTES = 64 << 20  # of text that training keeps: pieces of a larger corpus hardly change any more
+TRAINING_BYTES = 32 << 20  # of text that training keeps; unigram takes a minute and 1 GB for it, and more would hardly change the pieces
 BLOCK_BYTES = 1 << 16      # what a sample of a larger corpus takes or leaves
 MAX_MODEL_BYTES = base.MAX_FILE_BYTES // 4 * 3 - 4096  # base64 of it must fit the file; Gemma's, of 256,000 pieces, has 4 MB
 

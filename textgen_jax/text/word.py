@@ -266,7 +266,8 @@ def _count(texts: Iterable[str], standardize: bool) -> tuple[collections.Counter
   Past `_MAX_COUNTED` distinct pieces those seen once are dropped (twice, where that isn't enough, and so on), so memory stays
   bounded; such a piece starts again from nothing. They still count in the sum.
   """
-  counts, total = collections.Counter(), 0
+  counts: collections.Counter[str] = collections.Counter()
+  total = 0
   for text in texts:
     _check_text(text, 'the training text: character')
     for part in _parts(text):

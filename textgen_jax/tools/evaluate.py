@@ -51,7 +51,8 @@ def _main(argv: Sequence[str]) -> None:
   compilation.keep_compiled()
   trained = workdir.load(values.workdir, values.checkpoint)
   how = reading(trained, values.stride)
-  with prepared_text(trained, values.data, values.field) if values.data else _split_text(trained, values.split or 'val') as (prepared, split):
+  opened = prepared_text(trained, values.data, values.field) if values.data else _split_text(trained, values.split or 'val')
+  with opened as (prepared, split):
     text = prepared.splits[split]
     if not text.documents['tokens'].sum():
       raise errors.UserError(f'{values.data or "split=" + split} has no token to score')

@@ -157,8 +157,9 @@ def token_losses(
   waiting: list[tuple[np.ndarray, np.ndarray, jax.Array]] = []
   for low in range(0, rows.num_rows, batch_size):
     batch, places_BT = rows.batch(low, low + batch_size)
-    if batch.tokens_BT.max() >= model.vocab_size or batch.targets_BT.max() >= model.vocab_size:
-      raise errors.UserError(f'token id {max(batch.tokens_BT.max(), batch.targets_BT.max())} is not in the vocabulary [0, {model.vocab_size})')
+    largest = max(batch.tokens_BT.max(), batch.targets_BT.max())
+    if largest >= model.vocab_size:
+      raise errors.UserError(f'token id {largest} is not in the vocabulary [0, {model.vocab_size})')
     cache = put(model.init_cache(batch_size, 0)) if reading.carried else None
     for chunk in range(reading.chunks):
       at = np.s_[:, chunk * length : (chunk + 1) * length]
@@ -178,7 +179,9 @@ def _counted(counts_BT: np.ndarray, places_BT: np.ndarray, nll_BT: jax.Array) ->
   return places_BT[counts_BT], np.asarray(nll_BT)[counts_BT]
 
 
-def evaluate(model: base.LanguageModel, params: Any, split: tokens.Split, reading: Reading, *, standardizes: bool = False, **how: Any) -> Score:
+def evaluate(
+  model: base.LanguageModel, params: Any, split: tokens.Split, reading: Reading, *, standardizes: bool = False, **how: Any
+) -> Score:
   """The score of a text; `how` as `token_losses` takes it. Losses are added in float64, whatever their order."""
   nll_D = np.zeros(len(split.documents), np.float64)
   for places, values in token_losses(model, params, split, reading, **how):

@@ -1,0 +1,32 @@
+"""A character Transformer on 3,759 folk tunes in ABC notation, each on its own: no tune sees another.
+
+  python train.py --config=configs/tunes.py --workdir=runs/tunes
+  python sample.py --workdir=runs/tunes --max_new_tokens=600 --temperature=0.8
+
+SCORE
+"""
+
+from textgen_jax import experiment
+from textgen_jax.data import corpora
+from textgen_jax.models import transformer
+from textgen_jax.text import base
+from textgen_jax.training import optimizer
+
+
+def get_config() -> experiment.Experiment:
+  return experiment.Experiment(
+    data=corpora.DataConfig(corpus='tunes'),
+    tokenizer=base.TokenizerConfig(kind='char'),
+    model=transformer.TransformerConfig(dim=128, num_layers=4, num_heads=4, dropout=0.1),
+    optimizer=optimizer.OptimizerConfig(peak_lr=3e-3, final_lr=1e-4, warmup_steps=100, b2=0.99),
+    training=experiment.TrainingConfig(
+      num_steps=1500,
+      batch_size=8,
+      sequence_length=256,
+      mask_documents=True,
+      eval_every_steps=500,
+      checkpoint_every_steps=500,
+      sample_tokens=400,
+      sample_temperatures=(0.5, 0.8, 1.0),
+    ),
+  )
