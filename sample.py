@@ -25,9 +25,8 @@ def main(argv: Sequence[str]) -> int:
 def _define_flags() -> flags.FlagValues:
   values = flags.FlagValues()
   defaults = params.SamplingParams()
+  command_line.define_model_flags(values)
   text = {
-    'workdir': (None, 'where the model was trained'),
-    'checkpoint': ('best', 'best (by val loss), latest, or a step'),
     'prompts_file': (None, 'prompts from a file: .txt, a line each, or .jsonl, {"prompt": ...} each'),
     'format': ('text', 'text (prompt and continuation, results set apart by ---) or jsonl'),
     'output': (None, 'a file to write to instead of stdout'),
@@ -63,12 +62,9 @@ def _define_flags() -> flags.FlagValues:
 
 def _main(argv: Sequence[str]) -> None:
   values = _define_flags()
-  if command_line.wants_help(argv):
-    print(f'{__doc__}\n{values.main_module_help() or values.get_help()}')
+  if not command_line.parsed(values, argv, __doc__):
     return
-  command_line.parse_flags(values, argv)
-  if not values.workdir:
-    raise errors.UserError('--workdir is missing: name the directory that train.py wrote to')
+  command_line.need_workdir(values)
   if values.format not in ('text', 'jsonl'):
     raise errors.UserError(f'format={values.format!r} is none of text, jsonl')
   taken = {field.name: getattr(values, field.name) for field in dataclasses.fields(params.SamplingParams)}

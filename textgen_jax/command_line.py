@@ -66,6 +66,30 @@ def wants_help(argv: Sequence[str]) -> bool:
   return any(arg in ('--help', '-h', '-help', '--helpfull', '--helpshort') for arg in argv[1:])
 
 
+def define_model_flags(values: flags.FlagValues) -> None:
+  """`--workdir` and `--checkpoint`, for a command that works with a trained model."""
+  flags.DEFINE_string('workdir', None, 'where the model was trained', flag_values=values)
+  flags.DEFINE_string('checkpoint', 'best', 'best (by val loss), latest, or a step', flag_values=values)
+
+
+def parsed(values: flags.FlagValues, argv: Sequence[str], about: str | None) -> bool:
+  """Parses all of argv, or raises UserError; False where help was asked for, and is shown with what the command is `about`."""
+  if wants_help(argv):
+    own = [flag for name, flag in values.flags_by_module_dict().items() if name != 'absl.flags' for flag in flag]
+    print(about)
+    for flag in own:
+      default = '...' if flag.default in (None, [], '') else flag.default
+      print(f'  --{flag.name}={default}: {flag.help.splitlines()[0].rstrip(";")}')  # absl adds lines that say what ours say
+    return False
+  parse_flags(values, argv)
+  return True
+
+
+def need_workdir(values: flags.FlagValues) -> None:
+  if not values.workdir:
+    raise errors.UserError('--workdir is missing: name the directory that train.py wrote to')
+
+
 def named_config(argv: Sequence[str]) -> str | None:
   """The config file that argv names, as `--config=FILE` or `--config FILE`."""
   for i, arg in enumerate(argv):

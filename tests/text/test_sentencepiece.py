@@ -57,11 +57,11 @@ def trained(request):
   return pieces.SentencePieceTokenizer.train(config(request.param, vocab_size=340), iter([training_text()]))
 
 
-def train_library(**fields):
+def train_library(lines=None, **fields):
   """A model as others make them."""
   written = io.BytesIO()
   fields = {'vocab_size': 120, 'model_type': 'unigram', 'hard_vocab_limit': False, 'minloglevel': 3} | fields
-  lines = [line for line in training_text().split('\n') if line.isascii()]
+  lines = lines or [line for line in training_text().split('\n') if line.isascii()]
   library.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=written, **fields)
   return written.getvalue()
 
@@ -200,6 +200,10 @@ def test_parts_of_documents_and_whole_documents_teach_the_same():
   assert whole.fingerprint() == parts.fingerprint()
 
 
+def test_documents_that_end_without_a_line_are_not_joined():
+  assert list(pieces._blocks(['fox', 'dog\n', '', 'cat'])) == [b'fox\ndog\ncat\n']
+
+
 def test_a_large_text_is_sampled_evenly_and_within_the_budget(monkeypatch):
   monkeypatch.setattr(pieces, 'TRAINING_BYTES', 20_000)
   monkeypatch.setattr(pieces, 'BLOCK_BYTES', 500)
@@ -328,6 +332,12 @@ def test_unknown_characters_of_a_lossless_model(tmp_path):
     tokenizer.encode('fox\udc80')
 
 
+def test_a_model_that_knows_no_space_is_not_cut_at_one(tmp_path):
+  tokenizer = foreign(tmp_path, train_library(lines=['fox', 'dog'] * 9, **GEMMA | {'byte_fallback': False}))
+  assert tokenizer.unknowns('fox\u4e16 dog') == ['\u4e16 ']
+  assert tokenizer.cut('fox\u4e16 dog') == 0
+
+
 def test_a_model_without_an_end_gets_one(tmp_path):
   model = train_library(**GEMMA, eos_id=-1)
   tokenizer = foreign(tmp_path, model)
@@ -341,7 +351,7 @@ def test_a_model_without_an_end_gets_one(tmp_path):
 
 
 def test_an_end_that_text_can_spell_is_none(tmp_path):
-  tokenizer = foreign(tmp_path, train_library(**GEMMA, user_defined_symbols=['</s>']))
+  tokenizer = foreign(tmp_path, train_library(**GEMMA, eos_id=-1, user_defined_symbols=['</s>']))
   assert tokenizer.special_ids['end_of_text'] not in tokenizer.encode('a</s>b</s>')
 
 

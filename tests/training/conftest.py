@@ -30,8 +30,8 @@ def quick_compiles():
 
 @pytest.fixture(scope='session')
 def make_model():
-  def make(kind):
-    return build.build(dataclasses.replace(CONFIGS[kind]), VOCAB_SIZE, LENGTH)
+  def make(kind, vocab_size=VOCAB_SIZE):
+    return build.build(dataclasses.replace(CONFIGS[kind]), vocab_size, LENGTH)
 
   return make
 

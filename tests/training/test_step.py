@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from textgen_jax import trees
-from textgen_jax.data import windows
+from textgen_jax.data import tokens, windows
 from textgen_jax.models import attention, transformer
 from textgen_jax.training import losses, optimizer, step
 
@@ -255,8 +255,10 @@ def test_the_rate_that_is_logged_is_the_one_that_is_applied(make_model, make_par
 
 def test_streams_with_a_carry_are_one_long_text(make_model, make_params, make_state):
   model, rows, length = make_model('lstm'), 3, 5
-  data = windows.ContiguousStreams(np.random.default_rng(0).integers(0, 11, 3 * 31), 0, rows, length)
-  assert data.steps_per_epoch == 5
+  text = np.random.default_rng(0).integers(0, 11, 3 * 31)
+  split = tokens.Split(text, np.zeros(0, tokens.DOCUMENT), (tokens.Range(0, len(text), 1.0),))
+  data = windows.ContiguousStreams(split, 0, rows, length)
+  assert data.steps_per_epoch == [5]
   still = optax.sgd(0.0)
   train_step = jax.jit(step.make_train_step(model, still, no_rate, 1))
   params = make_params(model)
@@ -272,3 +274,53 @@ def test_streams_with_a_carry_are_one_long_text(make_model, make_params, make_st
     expected = np.asarray(losses.nll(jnp.asarray(logits_BTV), targets_BT)).reshape(rows, 5, length).sum(axis=(0, 2))
     np.testing.assert_allclose(found[:5], expected, rtol=1e-5)
     del found[:5]
+
+
+def only_window(text, end_of_text=None):
+  """All of a text as one row."""
+  split = tokens.Split(np.array(text, np.uint8), np.zeros(0, tokens.DOCUMENT), (tokens.Range(0, len(text), 1.0),))
+  return windows.RandomWindows(split, 0, 1, len(text) - 1, end_of_text).batch(0)
+
+
+def test_documents_in_one_row_are_learned_as_if_alone(model, make_params, make_state, recorder):
+  end, (first, second) = 10, ([3, 1, 4, 1, 5], [9, 2, 6])
+  old = make_state(make_params(model), recorder)
+  train_step = plain_step(model, recorder, 1)
+
+  def learn(text, end_of_text=None):
+    """The summed loss and its gradient."""
+    new, sums = train_step(old, only_window(text, end_of_text))
+    total, weight = map(float, sums['loss'])
+    assert weight == len(text) - 1
+    return total, jax.tree.map(lambda x: x * weight, new.opt_state)
+
+  row = [end, *first, end, *second, end]
+  together, gradient = learn(row, end)
+  (a, gradient_a), (b, gradient_b) = learn([end, *first, end]), learn([end, *second, end])
+  np.testing.assert_allclose(together, a + b, rtol=1e-6)
+  assert_trees_close(gradient, jax.tree.map(jnp.add, gradient_a, gradient_b), 1e-5)
+  assert learn(row)[0] != pytest.approx(a + b, rel=1e-3)  # else the second sees the first
+
+
+def test_streams_that_carry_know_where_documents_start(make_model, make_params, make_state):
+  # A row of streams goes on over several steps: what a document's beginning left in the carry reaches its end, and no further.
+  model, end, length = make_model('lstm'), 10, 4
+  text = np.random.default_rng(3).integers(0, 10, 37).astype(np.uint8)
+  text[[0, 7, 9, 18, 30, 36]] = end
+  split = tokens.Split(text, np.zeros(0, tokens.DOCUMENT), (tokens.Range(0, len(text), 1.0),))
+  data = windows.ContiguousStreams(split, 0, 1, length, end)
+  still, params = optax.sgd(0.0), make_params(model)
+  train_step = jax.jit(step.make_train_step(model, still, no_rate, 1))
+  state, found, batches = make_state(params, still, model.init_cache(1, 0)), [], []
+  for n in range(data.steps_per_epoch[0]):
+    batches.append(data.batch(n))
+    state, sums = train_step(state, batches[-1])
+    found.append(float(sums['loss'][0]))
+  read, targets = (np.concatenate([getattr(batch, name)[0] for batch in batches]) for name in ('tokens_BT', 'targets_BT'))
+  starts = [0, *np.flatnonzero(read == end), len(read)]
+  expected = []
+  for start, stop in zip(starts, starts[1:], strict=False):
+    if start < stop:
+      _, logits_BTV = forward(model, params, read[None, start:stop])
+      expected += np.asarray(losses.nll(jnp.asarray(logits_BTV), targets[None, start:stop]))[0].tolist()
+  np.testing.assert_allclose(found, np.reshape(expected, (-1, length)).sum(axis=1), rtol=1e-5)

@@ -22,7 +22,7 @@ MAX_FILE_BYTES = 64 << 20  # every Unicode character, escaped, takes 13 MiB
 class TokenizerConfig:
   kind: str = 'char'         # char | byte | word | sentencepiece
   unknown_symbol: str = ''   # char only: stands for every character not in the training split; empty: such a one is an error
-  vocab_size: int = 0        # ids in all. word, 0: as many as coverage asks for; sentencepiece, 0: 4096, or a loaded model's own
+  vocab_size: int = 0        # ids in all. word, 0: as many as coverage asks for; sentencepiece, 0: at most 4096, or a loaded model's own
   coverage: float = 0.97     # word only, at vocab_size=0: the fewest words that make up this share of the training split's
   standardize: bool = False  # word only: NFKC, lower case, white space as single spaces; then no bits per byte can be told
   model_type: str = 'bpe'    # sentencepiece only: bpe | unigram

@@ -29,10 +29,8 @@ def _main(argv: Sequence[str]) -> None:
   flags.DEFINE_string('show', None, 'a corpus to show documents of; fetches it', flag_values=values)
   flags.DEFINE_string('split', 'train', "of --show: whose documents; 'train', 'val' or 'test'", flag_values=values)
   flags.DEFINE_integer('documents', 2, 'of --show: how many', lower_bound=1, flag_values=values)
-  if command_line.wants_help(argv):
-    print(f'{__doc__}\n{values.get_help()}')
+  if not command_line.parsed(values, argv, __doc__):
     return
-  command_line.parse_flags(values, argv)
   if values.show is None:
     table, failures = _table(values.fetch)
     print(table)

@@ -30,20 +30,16 @@ def main(argv: Sequence[str]) -> int:
 
 def _main(argv: Sequence[str]) -> None:
   values = flags.FlagValues()
-  flags.DEFINE_string('workdir', None, 'where the model was trained', flag_values=values)
-  flags.DEFINE_string('checkpoint', 'best', 'best (by val loss), latest, or a step', flag_values=values)
+  command_line.define_model_flags(values)
   flags.DEFINE_string('split', None, 'val (which is the default) or test, of the text that the model was trained on', flag_values=values)
   flags.DEFINE_string('data', None, 'text to score instead: what data.path takes', flag_values=values)
   flags.DEFINE_string('field', 'text', 'of a .jsonl line in --data: what holds its text', flag_values=values)
   flags.DEFINE_integer('stride', 0, 'tokens from one row to the next; 0: half of the trained context', flag_values=values)
   flags.DEFINE_integer('batch_size', BATCH_SIZE, 'rows at once; changes speed and memory alone', flag_values=values)
   flags.DEFINE_bool('documents', False, 'a line for each document too', flag_values=values)
-  if command_line.wants_help(argv):
-    print(f'{__doc__}\n{values.get_help()}')
+  if not command_line.parsed(values, argv, __doc__):
     return
-  command_line.parse_flags(values, argv)
-  if not values.workdir:
-    raise errors.UserError('--workdir is missing: name the directory that train.py wrote to')
+  command_line.need_workdir(values)
   if values.split and values.data:
     raise errors.UserError('--split and --data: give one of them')
   if values.batch_size < 1:

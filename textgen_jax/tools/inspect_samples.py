@@ -57,9 +57,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _define_flags() -> flags.FlagValues:
   values = flags.FlagValues()
+  command_line.define_model_flags(values)
   text = {
-    'workdir': (None, 'where the model was trained'),
-    'checkpoint': ('best', 'best (by val loss), latest, or a step'),
     'prompt': ('', 'what each sample begins with, and which is not counted; none: a document start'),
     'output': (None, 'a directory for statistics.json and statistics.png; made where there is none'),
   }
@@ -86,10 +85,8 @@ def _define_flags() -> flags.FlagValues:
 
 def _main(argv: Sequence[str]) -> None:
   values = _define_flags()
-  if command_line.wants_help(argv):
-    print(f'{__doc__}\n{values.main_module_help() or values.get_help()}')
+  if not command_line.parsed(values, argv, __doc__):
     return
-  command_line.parse_flags(values, argv)
   if not values.workdir and not (values.samples and values.train):
     raise errors.UserError('--workdir is missing: name the directory that train.py wrote to, or files as --samples and --train')
   if values.at_least < 1:

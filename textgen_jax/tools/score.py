@@ -37,19 +37,15 @@ def main(argv: Sequence[str]) -> int:
 
 def _main(argv: Sequence[str]) -> None:
   values = flags.FlagValues()
-  flags.DEFINE_string('workdir', None, 'where the model was trained', flag_values=values)
-  flags.DEFINE_string('checkpoint', 'best', 'best (by val loss), latest, or a step', flag_values=values)
+  command_line.define_model_flags(values)
   flags.DEFINE_multi_string('text', [], 'a text to score; may be repeated', flag_values=values)
   flags.DEFINE_string('data', None, 'texts to score: what data.path takes', flag_values=values)
   flags.DEFINE_string('field', 'text', 'of a .jsonl line in --data: what holds its text', flag_values=values)
   flags.DEFINE_list('tokens', [], 'ids to score, with commas between them', flag_values=values)
   flags.DEFINE_string('format', 'jsonl', 'jsonl or color', flag_values=values)
-  if command_line.wants_help(argv):
-    print(f'{__doc__}\n{values.get_help()}')
+  if not command_line.parsed(values, argv, __doc__):
     return
-  command_line.parse_flags(values, argv)
-  if not values.workdir:
-    raise errors.UserError('--workdir is missing: name the directory that train.py wrote to')
+  command_line.need_workdir(values)
   if sum(map(bool, (values.text, values.data, values.tokens))) != 1:
     raise errors.UserError('--text, --data or --tokens: give one of them')
   if '' in values.text:

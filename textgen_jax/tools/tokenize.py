@@ -44,10 +44,8 @@ def _main(argv: Sequence[str]) -> None:
   flags.DEFINE_multi_string('text', [], 'a text to cut into tokens; may be repeated', flag_values=values)
   flags.DEFINE_integer('longest', 5, 'how many of the longest tokens to show', flag_values=values)
   flags.DEFINE_string('save', None, 'a directory for tokenizer.json (one kind)', flag_values=values)
-  if command_line.wants_help(argv):
-    print(f'{__doc__}\n{values.get_help()}')
+  if not command_line.parsed(values, argv, __doc__):
     return
-  command_line.parse_flags(values, argv)
   if sum(map(bool, (values.corpus, values.data, values.workdir))) != 1:
     raise errors.UserError('--corpus, --data or --workdir: give one of them')
   if values.workdir:

@@ -1,6 +1,6 @@
 """Every kind of tokenizer with each model family on `shakespeare`, at equal training FLOPs: bits per byte of the test split.
 
-  python benchmarks/tokenizers.py --workdirs=runs/tokenizers [--tflops=16] [--split=test]
+  python benchmarks/compare_tokenizers.py --workdirs=runs/tokenizers [--tflops=16] [--split=test]
 
 Each run is a shipped configuration with the flags that stand below, trained for as many steps as the budget
 allows (6 FLOPs a weight and token, attention counted: models.base.flops_per_token). What was chosen for a run, learning
@@ -10,7 +10,6 @@ rate and sizes, was chosen on val. A run whose workdir is finished already is on
 import argparse
 import copy
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -73,7 +72,7 @@ def budget(config: str, flags: list[str], flops: float) -> tuple[int, int, int, 
 
 
 def run(*command: str) -> str:
-  done = subprocess.run([sys.executable, *command], cwd=ROOT, env=dict(os.environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
   if done.returncode:
     raise SystemExit(f'{" ".join(command)} ended with {done.returncode}: {done.stderr[-500:]}')
   return done.stdout
