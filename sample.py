@@ -7,7 +7,6 @@ Results go to stdout (or --output), diagnostics to stderr. Equal flags give equa
 
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
@@ -52,6 +51,7 @@ def _define_flags() -> flags.FlagValues:
   flags.DEFINE_multi_string('stop', [], 'end before this text; may be repeated', flag_values=values)
   switches = {
     'stop_at_end': (defaults.stop_at_end, 'end where the model ends its document; else the next one follows'),
+    'begins_document': (None, 'the prompt begins a document; not given: if the model was trained on documents apart'),
     'allow_unknown': (defaults.allow_unknown, 'may draw the token for what has no id of its own, such as <unk>'),
     'stream': (False, 'show one text as it is made'),
   }
@@ -66,8 +66,9 @@ def _main(argv: Sequence[str]) -> None:
     return
   command_line.need_workdir(values)
   if values.format not in ('text', 'jsonl'):
-    raise errors.UserError(f'format={values.format!r} is none of text, jsonl')
+    raise errors.not_among('format', values.format, ('text', 'jsonl'))
   taken = {field.name: getattr(values, field.name) for field in dataclasses.fields(params.SamplingParams)}
+  taken['begins_document'] = bool(values.begins_document)
   settings = params.SamplingParams(**{**taken, 'stop': tuple(values.stop)})
   if values.prompt and values.prompts_file:
     raise errors.UserError('--prompt and --prompts_file: give one of them')
@@ -83,6 +84,8 @@ def _main(argv: Sequence[str]) -> None:
 
   compilation.keep_compiled()
   trained = workdir.load(values.workdir, values.checkpoint)
+  if values.begins_document is None:
+    settings = dataclasses.replace(settings, begins_document=trained.experiment.training.mask_documents)
   reaches = max(len(trained.tokenizer.encode(prompt)) for prompt in prompts) + settings.max_new_tokens
   if reaches > trained.model.context_length:
     _tell_past_context(trained, reaches)
@@ -117,14 +120,10 @@ def _tell_past_context(trained, reaches: int) -> None:  # type: ignore[no-untype
 
 
 def write_stream(pieces: Iterable[str]) -> None:
-  """To stdout, piece by piece; a reader that has had enough, as `head` has, ends the command in peace."""
-  try:
-    for piece in pieces:
-      sys.stdout.write(piece.encode('utf-8', 'replace').decode('utf-8'))
-      sys.stdout.flush()
-  except BrokenPipeError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
-    sys.exit(0)
+  """To stdout, piece by piece."""
+  for piece in pieces:
+    sys.stdout.write(piece.encode('utf-8', 'replace').decode('utf-8'))
+    sys.stdout.flush()
 
 
 def read_prompts(path: pathlib.Path) -> list[str]:

@@ -9,7 +9,6 @@ valid ones' measures (the first and last aside, which may be cut short) the shar
 
 import argparse
 import collections
-import random
 
 import music21
 
@@ -35,8 +34,8 @@ def main() -> None:
   for temperature in args.temperature:
     settings = params.SamplingParams(temperature=temperature, num_samples=args.num_samples, max_new_tokens=args.max_new_tokens)
     completions = generate.generate(trained.model, trained.params, trained.tokenizer, [''], settings)
-    report(f'{args.num_samples} at temperature {temperature}', [c.text for c in completions], sum(c.finish_reason == 'end' for c in completions))
-    print('\n'.join(f'    {line}' for line in random.Random(0).choice(completions).text.splitlines()))
+    ended = sum(completion.finish_reason == 'end' for completion in completions)
+    report(f'{args.num_samples} at temperature {temperature}', [completion.text for completion in completions], ended)
 
 
 def report(name: str, tunes: list[str], ended: int) -> None:
@@ -47,7 +46,8 @@ def report(name: str, tunes: list[str], ended: int) -> None:
     right, measures = right + good, measures + count
   valid = reasons.pop('', 0)
   why = ', '.join(f'{reason} {count}' for reason, count in reasons.most_common())
-  print(f'| {name} | {ended / len(tunes):.1%} | {valid / len(tunes):.1%} | {right / max(measures, 1):.1%} of {measures:,} | {why} |', flush=True)
+  right_length = f'{right / max(measures, 1):.1%} of {measures:,}'
+  print(f'| {name} | {ended / len(tunes):.1%} | {valid / len(tunes):.1%} | {right_length} | {why} |', flush=True)
 
 
 def judge(tune: str) -> tuple[str, int, int]:
@@ -62,7 +62,7 @@ def judge(tune: str) -> tuple[str, int, int]:
     right = sum(m.duration.quarterLength == m.barDuration.quarterLength for m in measures)
   except Exception as error:  # music21 raises its own and Python's
     return type(error).__name__, 0, 0
-  return ('' if notes >= 8 else 'less than 8 notes'), right, len(measures)
+  return ('', right, len(measures)) if notes >= 8 else ('less than 8 notes', 0, 0)
 
 
 if __name__ == '__main__':

@@ -4,8 +4,8 @@
   python benchmarks/prepare.py --size_mb=1000
 
 The text is lines of Shakespeare and of Python's library, drawn anew for every line, so that it isn't one
-text many times over. Each kind is prepared by a process of its own, whose and whose children's resident
-memory is read from /proc ten times a second. The libraries encode the first --peer_mb of the same file, in
+text many times over. Each kind is prepared by a process of its own, whose and whose children's
+memory (Pss) is read from /proc ten times a second. The libraries encode the first --peer_mb of the same file, in
 this process: sentencepiece with our model line by line, on one thread and on all; Hugging Face tokenizers
 with a BPE of the same size that it trains itself, in batches of lines on all threads.
 """
@@ -102,12 +102,12 @@ def family(pid: int) -> list[int]:
 
 
 def resident(pid: int) -> int:
-  """Resident bytes that aren't shared with a file: mapped files are the cache's, not the process's."""
+  """Bytes in memory, those shared with other processes in proportion (Pss)."""
   try:
-    fields = dict(line.split(':', 1) for line in pathlib.Path(f'/proc/{pid}/status').read_text().splitlines())
-    return sum(int(fields[name].split()[0]) for name in ('RssAnon', 'RssShmem', 'RssFile')) * 1024
-  except (OSError, KeyError):
+    lines = pathlib.Path(f'/proc/{pid}/smaps_rollup').read_text().splitlines()
+  except OSError:  # it has just ended
     return 0
+  return sum(int(line.split()[1]) for line in lines if line.startswith('Pss:')) * 1024
 
 
 def peers(lines: list[str], text: pathlib.Path) -> None:

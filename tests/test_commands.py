@@ -52,14 +52,15 @@ def test_a_finished_run_says_so_and_changes_nothing(capsys, trained, text_file):
 
 
 def test_text_is_the_prompt_and_what_follows(capsys, trained):
-  out = run_sample(capsys, trained, '--prompt=the king', '--prompt=a', '--num_samples=2', '--max_new_tokens=20')
+  flags = ['--prompt=the king', '--prompt=a', '--num_samples=2', '--max_new_tokens=20', '--top_k=5']  # the end isn't among those
+  out = run_sample(capsys, trained, *flags)
   texts = out.removesuffix('\n').split('\n---\n')
   assert len(texts) == 4
   for text, prompt in zip(texts, ['the king'] * 2 + ['a'] * 2, strict=True):
     assert text.startswith(prompt)
     assert len(text) == len(prompt) + 20
   assert texts[0] != texts[1]
-  assert out == run_sample(capsys, trained, '--prompt=the king', '--prompt=a', '--num_samples=2', '--max_new_tokens=20')
+  assert out == run_sample(capsys, trained, *flags)
 
 
 def test_jsonl_rows(capsys, trained, tmp_path):
@@ -91,17 +92,49 @@ def test_checkpoints_by_name_and_step(capsys, trained):
 
 def test_evaluate_writes_one_json_line_that_agrees_with_training(capsys, trained, text_file, tmp_path):
   capsys.readouterr()
-  assert evaluate.main(['evaluate', f'--workdir={trained}', '--checkpoint=latest']) == 0
+  flags = [f'--workdir={trained}', '--checkpoint=latest', '--stride=16']
+  assert evaluate.main(['evaluate', *flags]) == 0
   row = json.loads(capsys.readouterr().out)
   final = json.loads((trained / 'metrics.jsonl').read_text().splitlines()[-1])
   assert row['loss_nats'] == pytest.approx(final['val/loss'], rel=1e-6)
   assert row['perplexity'] == pytest.approx(math.exp(row['loss_nats']))
   assert row['bits_per_byte'] == pytest.approx(row['loss_nats'] / math.log(2) * row['tokens'] / row['bytes'])
+  assert row['bits_per_byte'] == pytest.approx(final['val/bits_per_byte'], rel=1e-6)
+  assert row['bits_per_character'] == pytest.approx(row['bits_per_byte'])
   # The val split is the last tenth of the file: scored as a file of its own it is the same text.
   text = text_file.read_text()
-  (tmp_path / 'tail.txt').write_text(text[len(text) - row['tokens'] - 1 :])
-  assert evaluate.main(['evaluate', f'--workdir={trained}', '--checkpoint=latest', f'--data={tmp_path}/tail.txt']) == 0
-  assert json.loads(capsys.readouterr().out)['loss_nats'] == pytest.approx(row['loss_nats'], rel=1e-6)
+  tail = text[len(text) - row['bytes'] :]
+  assert (row['tokens'], row['characters'], row['words'], row['unknowns']) == (len(tail) + 1, len(tail), len(tail.split()), 0)
+  assert (row['text'], row['step'], row['stride'], row['documents']) == ('val', 6, 16, 1)
+  (tmp_path / 'tail.txt').write_text(tail)
+  assert evaluate.main(['evaluate', *flags, f'--data={tmp_path}/tail.txt']) == 0
+  other = json.loads(capsys.readouterr().out)
+  assert other['loss_nats'] == pytest.approx(row['loss_nats'], rel=1e-6)
+  same = ('tokens', 'bytes', 'characters', 'words', 'documents')
+  assert {name: other[name] for name in same} == {name: row[name] for name in same}
+  # More context lowers the loss; by default a row begins in the middle of the one before it.
+  assert evaluate.main(['evaluate', *flags[:2]]) == 0
+  assert json.loads(capsys.readouterr().out)['stride'] == 8
+
+
+def test_evaluate_writes_a_line_for_each_document(capsys, trained, tmp_path):
+  texts = ['the king went home.', 'a ship of war', 'see the fool']
+  path = tmp_path / 'texts.jsonl'
+  path.write_text(''.join(json.dumps({'body': text}) + '\n' for text in texts))
+  capsys.readouterr()
+  argv = ['evaluate', f'--workdir={trained}', f'--data={path}', '--field=body', '--documents']
+  assert evaluate.main(argv) == 0
+  *rows, whole = map(json.loads, capsys.readouterr().out.splitlines())
+  assert [row['document'] for row in rows] == [f'texts.jsonl:{n}' for n in (1, 2, 3)]
+  assert [(row['tokens'], row['bytes']) for row in rows] == [(len(text) + 1, len(text)) for text in texts]
+  assert sum(row['tokens'] for row in rows) == whole['tokens']
+  assert sum(row['loss_nats'] * row['tokens'] for row in rows) == pytest.approx(whole['loss_nats'] * whole['tokens'])
+  assert (whole['documents'], whole['text']) == (3, str(path))
+  # The standard error, by hand.
+  nll, sizes = [row['loss_nats'] * row['tokens'] for row in rows], [row['tokens'] for row in rows]
+  left = [one - size * sum(nll) / sum(sizes) for one, size in zip(nll, sizes, strict=True)]
+  assert whole['loss_nats_stderr'] == pytest.approx(math.sqrt(3 / 2 * sum(x * x for x in left)) / sum(sizes))
+  assert {row['loss_nats_stderr'] for row in rows} == {None}
 
 
 @pytest.mark.parametrize('flags', [['--split=tset'], ['--data=/nowhere'], ['--checkpoint=7']])

@@ -43,6 +43,16 @@ def test_every_mesh_trains_alike(kind, num_devices, mesh, found):
   np.testing.assert_allclose(found[num_devices][f'{kind} {mesh}']['losses'], losses, rtol=1e-5)
 
 
+@pytest.mark.parametrize('kind', ['transformer', 'lstm'])
+@pytest.mark.parametrize(('num_devices', 'mesh'), MESHES[:-1])
+def test_every_mesh_scores_alike(kind, num_devices, mesh, found):
+  expected, scores = found[1][f'{kind} 1x1']['scores'], found[num_devices][f'{kind} {mesh}']['scores']
+  assert list(scores) == list(expected) == ['rows', 'overlapping', 'masked'] + ['carried'] * (kind == 'lstm')
+  assert len({tuple(one) for one in expected.values()}) == len(expected)  # each way of reading has losses of its own
+  for name, losses in scores.items():
+    np.testing.assert_allclose(losses, expected[name], rtol=1e-6)
+
+
 def test_accumulation_on_a_mesh(found):
   np.testing.assert_allclose(found[2]['transformer 2x1 accumulated']['losses'], found[1]['transformer 1x1']['losses'], rtol=1e-5)
 

@@ -11,11 +11,12 @@ import pytest
 
 from textgen_jax import errors, trainer, trees, workdir
 from textgen_jax import experiment as experiment_lib
-from textgen_jax.data import corpora
+from textgen_jax.data import corpora, prepare
 from textgen_jax.models import lstm, transformer
 from textgen_jax.sampling import generate
 from textgen_jax.text import base
-from textgen_jax.training import metrics, optimizer
+from textgen_jax.tools import evaluate as evaluate_tool
+from textgen_jax.training import evaluate, metrics, optimizer
 
 TEXT = 'She sells sea shells by the sea shore, and the shells she sells are sea shells. ' * 24
 MODELS = ('transformer', 'lstm')
@@ -130,10 +131,11 @@ def test_learns_a_text_and_writes_what_scripts_read(kind, make, tmp_path, text):
   assert {tuple(found) for found in val.values()} == {(40, 80)}
   assert val['loss'][80] == score.loss_nats
   np.testing.assert_allclose(val['perplexity'][80], math.exp(score.loss_nats))
-  # Characters of one byte: a token is a byte, and the first of the val split is given.
-  np.testing.assert_allclose(val['bits_per_byte'][80], score.loss_nats / math.log(2))
-  assert score.tokens == score.bytes == len(TEXT) - int(0.9 * len(TEXT)) - 1
-  uniform = math.log(len(set(TEXT)))
+  # Characters of one byte: a token is a byte, but for the one that ends the text.
+  num_bytes = len(TEXT) - int(0.9 * len(TEXT))
+  assert (score.tokens, score.summary()['bytes']) == (num_bytes + 1, num_bytes)
+  np.testing.assert_allclose(val['bits_per_byte'][80], score.loss_nats / math.log(2) * (num_bytes + 1) / num_bytes)
+  uniform = math.log(len(set(TEXT)) + 1)
   assert score.loss_nats < val['loss'][40] < uniform
   assert score.loss_nats < 0.7 * uniform
   assert column(tmp_path, 'train/loss')[80] < 0.7 * uniform
@@ -162,7 +164,7 @@ def test_more_steps_go_on_as_if_asked_for_at_once(kind, make, tmp_path, capfd):
 def test_a_finished_run_is_only_scored_again(make, tmp_path, capfd):
   first = trainer.train(make(), tmp_path)
   before = snapshot(tmp_path / 'checkpoints')
-  assert trainer.train(make(), tmp_path) == first
+  np.testing.assert_array_equal(trainer.train(make(), tmp_path).nll_sums, first.nll_sums)
   assert 'has trained 8 steps already' in capfd.readouterr().err
   assert snapshot(tmp_path / 'checkpoints') == before
   assert list(column(tmp_path, 'train/loss')) == list(range(1, 9))
@@ -215,6 +217,68 @@ def test_init_from_takes_the_params_alone(kind, make, tmp_path):
   assert list(column(target, 'train/loss')) == [1, 2, 3]
 
 
+@pytest.mark.parametrize('kind', MODELS)
+def test_masked_documents_are_learned_and_scored_apart(kind, make, tmp_path):
+  (tmp_path / 'texts.jsonl').write_text(''.join(json.dumps({'text': TEXT[n : n + 9 + n % 7]}) + '\n' for n in range(150)))
+  scores = {}
+  for masked in (False, True):
+    given = make(kind, num_steps=3, mask_documents=masked)
+    given.data.path = str(tmp_path / 'texts.jsonl')
+    scores[masked] = trainer.train(given, tmp_path / f'{masked}')
+    np.testing.assert_array_equal(trainer.train(given, tmp_path / f'{masked}').nll_sums, scores[masked].nll_sums)
+    # The tool reads as training did, and every document's tokens are those of the text and its end.
+    trained = workdir.load(tmp_path / f'{masked}', 'latest')
+    reading = evaluate_tool.reading(trained, stride=0 if kind == 'lstm' else 8)
+    assert reading.end_of_text == (trained.tokenizer.special_ids['end_of_text'] if masked else None)
+    val = prepare.prepare(given.data, given.tokenizer).splits['val']
+    again = evaluate.evaluate(trained.model, trained.params, val, reading, batch_size=5)
+    np.testing.assert_allclose(again.nll_sums, scores[masked].nll_sums, rtol=1e-5)
+    assert (again.documents['tokens'] == again.documents['characters'] + 1).all()
+  assert column(tmp_path / 'False', 'train/loss')[3] != column(tmp_path / 'True', 'train/loss')[3]
+  with pytest.raises(errors.UserError, match=r'training\.mask_documents: False -> True'):
+    trainer.train(given, tmp_path / 'False')
+
+
+@pytest.mark.parametrize('kind', ['byte', 'word', 'sentencepiece'])
+def test_every_tokenizer_trains_stops_and_goes_on(kind, make, tmp_path):
+  given = make(tokenizer=kind, num_steps=2, schedule_steps=4)
+  given.tokenizer.vocab_size = 290 if kind == 'sentencepiece' else 0
+  score = trainer.train(given, tmp_path)
+  val = TEXT[int(0.9 * len(TEXT)) :]
+  trained = workdir.load(tmp_path, 'latest')
+  assert score.tokens == len(trained.tokenizer.encode(val)) + 1
+  assert score.summary()['bytes'] == len(val)
+  # After two steps the model is not far from uniform; what has no id costs 8 bits for each of its bytes and one more.
+  bits = score.tokens * math.log2(trained.tokenizer.vocab_size) + sum(8 * (len(one) + 1) for one in trained.tokenizer.unknowns(val))
+  assert 0.3 * bits < score.bits_per_byte * len(val) < 1.1 * bits
+  given.training.num_steps = 4
+  trainer.train(given, tmp_path)
+  assert list(column(tmp_path, 'train/loss')) == [1, 2, 3, 4]
+
+
+def test_a_word_vocabulary_that_standardizes_has_no_bits_per_byte(make, tmp_path, capfd):
+  given = make(tokenizer='word', num_steps=1)
+  given.tokenizer.standardize = True
+  assert trainer.train(given, tmp_path).bits_per_byte is None
+  assert column(tmp_path, 'val/bits_per_byte') == {1: None}
+  assert 'no bits per byte' in capfd.readouterr().err
+
+
+def test_another_tokenizer_is_refused(make, tmp_path):
+  """The same settings may make another one, where a library or a file has changed: the checkpoint remembers which it was."""
+  trainer.train(make(), tmp_path / 'run')
+  (about,) = [path for path in (tmp_path / 'run' / 'checkpoints').rglob('*') if path.is_file() and b'tokenizer_sha256' in path.read_bytes()]
+  content = json.loads(about.read_bytes())
+  assert content['tokenizer_sha256'] == workdir.load(tmp_path / 'run').tokenizer.fingerprint()
+  about.write_text(json.dumps(content | {'tokenizer_sha256': '0' * 64}))
+  before = snapshot(tmp_path)
+  with pytest.raises(errors.UserError, match="its checkpoint's tokenizer has SHA-256 000000000000, and this text's"):
+    trainer.train(make(num_steps=9), tmp_path / 'run')
+  with pytest.raises(errors.UserError, match=r'tokenizer has SHA-256 \w+, .* 000000000000'):
+    workdir.load(tmp_path / 'run')
+  assert snapshot(tmp_path) == before
+
+
 def test_init_from_what_does_not_fit(make, tmp_path):
   source, target = tmp_path / 'source', tmp_path / 'target'
   trainer.train(make(num_steps=2), source)
@@ -230,7 +294,7 @@ def test_init_from_what_does_not_fit(make, tmp_path):
 
 def test_a_prefix_is_scored_on_the_way_and_the_whole_at_the_end(make, tmp_path, capfd):
   score = trainer.train(make('transformer', num_steps=6, eval_every_steps=2, eval_max_tokens=40), tmp_path)
-  whole = len(TEXT) - int(0.9 * len(TEXT)) - 1
+  whole = len(TEXT) - int(0.9 * len(TEXT)) + 1  # the end of the text is predicted too
   assert score.tokens == whole
   found = [(line['step'], line['val_prefix/tokens']) for line in lines(tmp_path) if 'val_prefix/tokens' in line]
   assert found == [(2, 39), (4, 39), (6, 39)]
@@ -242,7 +306,7 @@ def test_a_prefix_is_scored_on_the_way_and_the_whole_at_the_end(make, tmp_path, 
 def test_the_best_and_the_latest_are_kept(make, tmp_path):
   # At so high a rate the loss soon rises.
   for num_steps in (4, 6):  # what was best before a restart is remembered
-    trainer.train(make('lstm', rate=2.0, num_steps=num_steps, eval_every_steps=1, schedule_steps=1000), tmp_path)
+    trainer.train(make('lstm', rate=20.0, num_steps=num_steps, eval_every_steps=1, schedule_steps=1000), tmp_path)
     losses = column(tmp_path, 'val/loss')
     best = min(losses, key=losses.get)
     assert best < num_steps
@@ -276,10 +340,12 @@ def test_a_few_bad_steps_are_skipped_told_and_gone_past(make, tmp_path, capfd):
   assert int(final['state']['updates']) == 20 - skipped[20]
   assert all(np.isfinite(x).all() for _, x in trees.named_leaves(final))
   assert f'{skipped[20]} steps so far were skipped' in capfd.readouterr().err
-  # The schedule waits for a skipped step.
+  # The schedule waits for a skipped step. (The warm-up's last rate is also the first after it.)
   rates = list(column(tmp_path, 'train/learning_rate').values())
   bad = np.diff([0, *skipped.values()]).astype(bool)
-  assert all((rates[n] == rates[n + 1]) == bad[n] for n in range(2, 18))
+  falling = [n for n in range(18) if rates[n] < 9.99e-3]
+  assert {bad[n] for n in falling} == {True, False}
+  assert all((rates[n] == rates[n + 1]) == bad[n] for n in falling)
 
 
 @pytest.mark.parametrize('profile_steps', ['2:3', '2:50'])

@@ -11,13 +11,14 @@ import pathlib
 import sys
 
 import jax
+import numpy as np
 
 from textgen_jax import assembly, errors, sharding, trainer, trees
 from textgen_jax import experiment as experiment_lib
-from textgen_jax.data import corpora
+from textgen_jax.data import corpora, tokens
 from textgen_jax.models import lstm, transformer
 from textgen_jax.text import base
-from textgen_jax.training import optimizer, step
+from textgen_jax.training import evaluate, optimizer, step
 
 NUM_STEPS = 20
 # Tensor parallel: what lies between the residual stream's two ends is split, and the vocabulary.
@@ -63,6 +64,31 @@ def losses_and_places(experiment):
   return {'losses': losses, 'places': places}
 
 
+def scores(experiment):
+  """Losses of documents, by how they are read; params and text are the same on every mesh."""
+  parts = assemble(experiment)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: (0.3 * rng.standard_normal(x.shape)).astype(x.dtype), parts.abstract.params)
+  params = jax.device_put(params, parts.shardings.params)
+  end = parts.tokenizer.special_ids['end_of_text']
+  ids = rng.integers(0, end, 150).astype(np.uint8)
+  starts = np.array([0, 5, 40, 41, 100])
+  ids[[*starts, -1]] = end
+  documents = np.zeros(5, tokens.DOCUMENT)
+  documents['start'], documents['tokens'] = starts, np.diff([*starts, 149])
+  split = tokens.Split(ids, documents, (tokens.Range(0, 150, 1.0),))
+  readings = {
+    'rows': evaluate.Reading(length=8),
+    'overlapping': evaluate.Reading(length=8, stride=3),
+    'masked': evaluate.Reading(length=8, stride=3, end_of_text=end),
+  }
+  if parts.model.window is None:
+    readings['carried'] = evaluate.Reading(length=8, carried=True, end_of_text=end)
+  # 19 rows or 49: no number of devices divides them.
+  how = {'batch_size': 2 * parts.row_ways, 'divisor': parts.row_ways, 'put': parts.put}
+  return {name: evaluate.evaluate(parts.free_model, params, split, reading, **how).nll_sums.tolist() for name, reading in readings.items()}
+
+
 def complaint(experiment):
   try:
     assemble(experiment)
@@ -79,6 +105,7 @@ def main(num_devices, text, workdir):
   for kind in ('transformer', 'lstm'):
     for data, fsdp in meshes:
       found[f'{kind} {data}x{fsdp}'] = losses_and_places(make(kind, text, data=data, fsdp=fsdp))
+      found[f'{kind} {data}x{fsdp}']['scores'] = scores(make(kind, text, data=data, fsdp=fsdp))
   if num_devices == 2:
     found['transformer tensor'] = losses_and_places(make('transformer', text, data=1, fsdp=2, rules=TENSOR_RULES))
     found['lstm tensor'] = losses_and_places(make('lstm', text, data=1, fsdp=2, rules=TENSOR_RULES))

@@ -7,7 +7,7 @@ import jax
 
 from textgen_jax import errors, sharding, workdir
 from textgen_jax import experiment as experiment_lib
-from textgen_jax.data import prepare, windows
+from textgen_jax.data import prepare, tokens, windows
 from textgen_jax.models import build
 from textgen_jax.sampling import generate
 from textgen_jax.training import optimizer, state, step
@@ -65,6 +65,9 @@ class Parts:
     self.end_of_text = prepared.tokenizer.special_ids['end_of_text'] if c.mask_documents else None
     make = windows.ContiguousStreams if c.windows == 'contiguous' else windows.RandomWindows
     self.windows = make(prepared.splits['train'], e.seed, c.batch_size, c.sequence_length, self.end_of_text)
+    self.val_prefix = tokens.prefix(self.val, c.eval_max_tokens or len(self.val.tokens))
+    if self.val.documents['tokens'].sum() and not self.val_prefix.documents['tokens'].sum():
+      raise errors.UserError(f'training.eval_max_tokens={c.eval_max_tokens} tokens of val hold no reply to score: take more, or 0 for all')
     if not self.val.documents['tokens'].sum():
       raise errors.UserError('the val split has no token to score: data.val_fraction leaves too little, or data.loss_on_replies no reply')
     try:

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import errno
 import inspect
+import os
 import pathlib
 import re
 import sys
@@ -29,6 +30,9 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
   logging.set_verbosity(logging.ERROR)  # orbax tells at length what it does
   try:
     main(argv)
+    sys.stdout.flush()
+  except BrokenPipeError:  # a reader that has had enough, as `head` has
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
   except errors.RunError as error:
     print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
     return error.exit_code
@@ -75,7 +79,7 @@ def define_model_flags(values: flags.FlagValues) -> None:
 def parsed(values: flags.FlagValues, argv: Sequence[str], about: str | None) -> bool:
   """Parses all of argv, or raises UserError; False where help was asked for, and is shown with what the command is `about`."""
   if wants_help(argv):
-    own = [flag for name, flag in values.flags_by_module_dict().items() if name != 'absl.flags' for flag in flag]
+    own = [flag for name, members in values.flags_by_module_dict().items() if name != 'absl.flags' for flag in members]
     print(about)
     for flag in own:
       default = '...' if flag.default in (None, [], '') else flag.default

@@ -74,6 +74,10 @@ def check(experiment: Experiment) -> None:
   optimizer_lib.check(experiment.optimizer)
   sharding_lib.check(experiment.sharding)
   _check_training(experiment.training)
+  if experiment.data.mixture and experiment.training.eval_max_tokens:
+    raise errors.UserError(
+      f"training.eval_max_tokens={experiment.training.eval_max_tokens}: the beginning of a mixture's val is one corpus; 0 scores all"
+    )
   if experiment.training.windows == 'contiguous' and not build.carries(experiment.model):
     raise errors.UserError("training.windows='contiguous' carries a recurrent state between batches, and a Transformer has none")
 
@@ -92,7 +96,7 @@ def _check_training(config: TrainingConfig) -> None:
       f"training.batch_size={config.batch_size} isn't divisible by training.accumulation_steps={config.accumulation_steps}"
     )
   if config.windows not in ('random', 'contiguous'):
-    raise errors.UserError(f'training.windows={config.windows!r} is none of random, contiguous')
+    raise errors.not_among('training.windows', config.windows, ('random', 'contiguous'))
   for temperature in config.sample_temperatures:
     if not (math.isfinite(temperature) and temperature >= 0):
       raise errors.UserError(f'training.sample_temperatures has {temperature}, which is not a finite number of at least 0')

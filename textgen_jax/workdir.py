@@ -73,7 +73,7 @@ def _choose(kept: checkpoints.Checkpoints, checkpoint: str, path: pathlib.Path) 
     return steps[-1] if best is None else best
   if checkpoint.isdecimal() and int(checkpoint) in steps:
     return int(checkpoint)
-  raise errors.UserError(f'checkpoint={checkpoint!r} is none of best, latest, {", ".join(map(str, steps))}')
+  raise errors.not_among('checkpoint', checkpoint, ['best', 'latest', *map(str, steps)])
 
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:

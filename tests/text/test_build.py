@@ -68,7 +68,7 @@ def test_a_stream_gives_the_whole_text(kind):
         (base.TokenizerConfig(kind='word', coverage=0.0), r'tokenizer.coverage=0.0 is not in \(0, 1\]'),
         (base.TokenizerConfig(kind='word', coverage=1.1), r'tokenizer.coverage=1.1 is not in \(0, 1\]'),
         (base.TokenizerConfig(kind='word', coverage=math.nan), r'tokenizer.coverage=nan is not in \(0, 1\]'),
-        (base.TokenizerConfig(kind='sentencepiece', model_type='unigrm'), "tokenizer.model_type='unigrm' is none of .* did you mean 'unigram'"),
+        (base.TokenizerConfig(kind='sentencepiece', model_type='unigrm'), "model_type='unigrm' is none of .* did you mean 'unigram'"),
     ],
 )
 def test_wrong_configuration_is_named(config, message):

@@ -77,7 +77,7 @@ def test_equals_brute_force(stride, end_of_text, model, make_params):
   found = score(model, params, stride=stride, end_of_text=end_of_text)
   expected = brute_force(model, params, SPLIT, 5, stride, end_of_text)
   assert found.tokens == len(expected) == 37
-  np.testing.assert_allclose(found.nll_D, by_document(expected, SPLIT), rtol=1e-6)
+  np.testing.assert_allclose(found.nll_sums, by_document(expected, SPLIT), rtol=1e-6)
   np.testing.assert_allclose(found.loss_nats, np.mean(expected), rtol=1e-6)
 
 
@@ -104,7 +104,7 @@ def test_carried_rows_equal_brute_force(num_tokens, end_of_text, make_model, mak
   params, split = make_params(model), tokens.prefix(SPLIT, num_tokens)
   found = score(model, params, split, length=4, batch_size=2, carried=True, end_of_text=end_of_text)
   expected = brute_force(model, params, split, 12, 8, end_of_text)
-  np.testing.assert_allclose(found.nll_D, by_document(expected, split), rtol=1e-6)
+  np.testing.assert_allclose(found.nll_sums, by_document(expected, split), rtol=1e-6)
   assert found.tokens == num_tokens - 1
   if num_tokens > 5:  # the carry matters
     uncarried = score(model, params, split, length=4, batch_size=2, end_of_text=end_of_text)
@@ -132,7 +132,7 @@ def test_depends_on_neither_batch_size_nor_order(reading, model, make_params, mo
   scores += [evaluate.evaluate(model, params, SPLIT, reading, batch_size=size) for size in (1, 3)]
   assert {one.tokens for one in scores} == {37}
   for one in scores:
-    np.testing.assert_allclose(one.nll_D, scores[0].nll_D, rtol=1e-6)
+    np.testing.assert_allclose(one.nll_sums, scores[0].nll_sums, rtol=1e-6)
     np.testing.assert_allclose(one.bits_per_byte, scores[0].bits_per_byte, rtol=1e-6)
 
 
@@ -166,7 +166,7 @@ def test_a_document_is_scored_alike_whatever_stands_before_it(how, model, make_p
   params, reading = make_params(model), WHOLE[how]
 
   def losses(documents, reading=reading):
-    return evaluate.evaluate(model, params, make_split(*documents), reading, batch_size=3).nll_D
+    return evaluate.evaluate(model, params, make_split(*documents), reading, batch_size=3).nll_sums
 
   alone = [losses([one])[0] for one in DOCUMENTS]
   np.testing.assert_allclose(losses(DOCUMENTS), alone, rtol=1e-5)
@@ -189,7 +189,7 @@ def test_replies_alone_are_scored(model, make_params):
   for stride in (0, 2):
     found = score(model, params, split, stride=stride, end_of_text=END)
     expected = np.array(brute_force(model, params, split, 5, stride, END))
-    np.testing.assert_allclose(found.nll_D, [expected[3:7].sum(), expected[9:11].sum()], rtol=1e-6)
+    np.testing.assert_allclose(found.nll_sums, [expected[3:7].sum(), expected[9:11].sum()], rtol=1e-6)
     assert (found.tokens, found.summary()['bytes']) == (6, 4)
     np.testing.assert_allclose(found.loss_nats, (expected[3:7].sum() + expected[9:11].sum()) / 6, rtol=1e-6)
 

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -319,7 +320,7 @@ def test_streams_that_carry_know_where_documents_start(make_model, make_params, 
   read, targets = (np.concatenate([getattr(batch, name)[0] for batch in batches]) for name in ('tokens_BT', 'targets_BT'))
   starts = [0, *np.flatnonzero(read == end), len(read)]
   expected = []
-  for start, stop in zip(starts, starts[1:], strict=False):
+  for start, stop in itertools.pairwise(starts):
     if start < stop:
       _, logits_BTV = forward(model, params, read[None, start:stop])
       expected += np.asarray(losses.nll(jnp.asarray(logits_BTV), targets[None, start:stop]))[0].tolist()

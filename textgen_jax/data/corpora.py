@@ -43,7 +43,9 @@ def check(config: DataConfig) -> None:
   if not 0 < config.val_fraction < 1:  # also refuses NaN
     raise errors.UserError(f'data.val_fraction={config.val_fraction} must lie between 0 and 1')
   if config.mixture:
-    parse_mixture(config.mixture)
+    for name, _ in parse_mixture(config.mixture):
+      if name not in CORPORA and not files.exists(name):
+        raise errors.not_among('data.mixture', name, CORPORA)
   elif not config.path and config.corpus not in CORPORA:
     raise errors.not_among('data.corpus', config.corpus, CORPORA)
 

@@ -15,7 +15,7 @@ class Part(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Document:
   name: str
-  parts: Iterable[Part]  # read once; joined they are the text
+  parts: Iterable[Part]  # read once, before the next document is asked for; joined they are the text
 
 
 @dataclasses.dataclass(frozen=True)

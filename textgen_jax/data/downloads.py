@@ -33,7 +33,11 @@ def locked(path: pathlib.Path) -> Iterator[None]:
   except OSError as error:
     raise errors.MachineFailed(f"can't write the cache {path.parent}: {error.strerror}; TEXTGEN_JAX_CACHE sets another place") from error
   with file:
-    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      print(f'waiting for another process that holds {path}', file=sys.stderr)
+      fcntl.flock(file, fcntl.LOCK_EX)
     yield
 
 
@@ -78,11 +82,11 @@ def _cached(name: str, sha256: str, source: str, fetch: Callable[[pathlib.Path],
   path = cache_directory() / 'downloads' / name
   with locked(path.with_name(name + '.lock')):
     try:
-      if path.exists() and _file_sha256(path) == sha256:
+      if path.exists() and file_sha256(path) == sha256:
         return path
       temporary = path.with_name(name + '.partial')
       fetch(temporary)
-      got = _file_sha256(temporary)
+      got = file_sha256(temporary)
       if got != sha256:
         temporary.unlink()
         raise errors.MachineFailed(f'{source} has SHA-256 {got}, not the pinned {sha256}: {ADVICE}')
@@ -102,7 +106,7 @@ def _copy(response, path: pathlib.Path, max_bytes: int, address: str) -> None:
       bar.update(len(chunk))
 
 
-def _file_sha256(path: pathlib.Path) -> str:
+def file_sha256(path: pathlib.Path) -> str:
   with open(path, 'rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 

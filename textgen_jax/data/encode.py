@@ -55,11 +55,19 @@ def pieces(read: Iterable[documents.Document], cut: Callable[[str], int]) -> Ite
         held, offset = '', offset + len(held)
       is_reply = part.is_reply
       held += part.text
-      while len(held) > JOB_CHARACTERS and (place := cut(held[:JOB_CHARACTERS]) or cut(held)):
+      while len(held) > JOB_CHARACTERS and (place := _first_cut(held, cut)):
         yield Piece(held[:place], is_reply, document.name, offset)
         held, offset = held[place:], offset + place
     if held:
       yield Piece(held, is_reply, document.name, offset)
+
+
+def _first_cut(text: str, cut: Callable[[str], int]) -> int:
+  """Where a part of about JOB_CHARACTERS ends, or one as short as the text allows; 0: nowhere."""
+  size = JOB_CHARACTERS
+  while not (place := cut(text[:size])) and size < len(text):
+    size *= 2
+  return place
 
 
 def jobs(all_pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -134,21 +142,33 @@ def encode_all(tokenizer: base.Tokenizer, all_jobs: Iterable[list[Piece]], worke
       yield done, result.result()
 
 
+class WorkerDied(errors.MachineFailed):
+  """Its text isn't to blame."""
+
+
 class _Worker:
   """A process that encodes."""
 
   def __init__(self, tokenizer: base.Tokenizer):
-    command = [sys.executable, '-c', 'from textgen_jax.data import encode; encode.serve()']
+    # -P: what lies in the caller's folder shadows no module.
+    command = [sys.executable, '-P', '-c', 'from textgen_jax.data import encode; encode.serve()']
     self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment())
-    self._send(tokenizer)
+    self._tokenizer: base.Tokenizer | None = tokenizer  # sent before the first job
 
   def run(self, job: list[Piece]) -> list[Encoded]:
     try:
+      if self._tokenizer is not None:
+        self._send(self._tokenizer)
+        self._tokenizer = None
       self._send(job)
       assert self._process.stdout is not None
       result = pickle.load(self._process.stdout)
     except (OSError, EOFError, pickle.UnpicklingError) as error:
-      raise errors.MachineFailed(f'a process that encodes text died with code {self._process.wait()}') from error
+      try:
+        code = self._process.wait(timeout=1)
+      except subprocess.TimeoutExpired:
+        raise errors.MachineFailed(f'a process that encodes text answered what is no result: {error}') from error
+      raise WorkerDied(f'a process that encodes text died with code {code}; the same command goes on') from error
     if isinstance(result, errors.RunError):
       raise result
     return result
@@ -160,7 +180,12 @@ class _Worker:
 
   def close(self) -> None:
     self._process.kill()
-    self._process.communicate()
+    assert self._process.stdin is not None
+    assert self._process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):  # half a job that it never read
+      self._process.stdin.close()
+    self._process.stdout.close()
+    self._process.wait()
 
 
 def _environment() -> dict[str, str]:

@@ -6,6 +6,7 @@ import contextlib
 import glob
 import gzip
 import hashlib
+import io
 import json
 import os
 import stat
@@ -20,6 +21,7 @@ from textgen_jax import errors
 from textgen_jax.data import documents
 
 BLOCK_BYTES = 1 << 20
+PACKED_BYTES = 1 << 10  # of a .zst, unpacked at a time: 32,768 times as much where a byte is repeated
 MAX_LINE_BYTES = 1 << 28  # of a .jsonl, which is read whole
 FORMAT = 1  # counts changes to what files read as
 
@@ -36,11 +38,15 @@ def open_files(path: str, field: str, val_fraction: float) -> documents.Corpus:
     UserError: a file that can't be read or isn't text, with the place in it.
   """
   names = _find_files(path)
+  # Documents are named from here on: text that is moved as a whole keeps its names, and so its key.
+  root = os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in names])
+  stamps = [_stamp(name) for name in names]
   digest, sizes, counts = hashlib.sha256(), array.array('q'), []  # characters of each document; documents of each file
-  with tqdm.tqdm(total=sum(map(os.path.getsize, names)), unit='B', unit_scale=True, desc='read', disable=None, delay=2) as bar:
-    for name in names:
+  with tqdm.tqdm(total=sum(stamp[0] for stamp in stamps), unit='B', unit_scale=True, desc='read', disable=None, delay=2) as bar:
+    for name, stamp in zip(names, stamps, strict=True):
       before = len(sizes)
-      for _, blocks in _documents(name, field):
+      digest.update(os.path.relpath(name, root).encode('utf-8', 'surrogateescape'))
+      for _, blocks in _unchanged(name, field, stamp):
         content, characters = hashlib.sha256(), 0
         for block in blocks:
           content.update(block.encode())
@@ -48,7 +54,7 @@ def open_files(path: str, field: str, val_fraction: float) -> documents.Corpus:
         digest.update(content.digest())
         sizes.append(characters)
       counts.append(len(sizes) - before)
-      bar.update(os.path.getsize(name))
+      bar.update(stamp[0])
   if sum(sizes) < 2:
     raise errors.UserError(f'data.path={path} holds less than 2 characters: nothing to train on')
   first_val, cut = _first_held_out(sizes, val_fraction), cut_place(sizes[0], val_fraction)
@@ -56,18 +62,17 @@ def open_files(path: str, field: str, val_fraction: float) -> documents.Corpus:
   def read(split: str) -> Iterator[documents.Document]:
     wanted = range(first_val) if split == 'train' else range(first_val, len(sizes))
     index = 0  # of the file's first document
-    for name, count in zip(names, counts, strict=True):
+    for name, stamp, count in zip(names, stamps, counts, strict=True):
       if index < wanted.stop and wanted.start < index + count:
-        for i, (document, blocks) in enumerate(_documents(name, field), start=index):
+        for i, (document, blocks) in enumerate(_unchanged(name, field, stamp), start=index):
           if i in wanted:
-            whole = _as_measured(document, blocks, sizes[i])
-            yield documents.Document(document, map(documents.Part, whole))
+            yield documents.Document(os.path.relpath(document, root), map(documents.Part, blocks))
       index += count
 
   def read_cut(split: str) -> Iterator[documents.Document]:
     low, high = (0, cut) if split == 'train' else (cut, sizes[0])
-    for document, blocks in _documents(names[0], field):
-      yield documents.Document(document, _part(_as_measured(document, blocks, sizes[0]), low, high))
+    for document, blocks in _unchanged(names[0], field, stamps[0]):
+      yield documents.Document(os.path.relpath(document, root), _part(blocks, low, high))
 
   splits: tuple[str, ...] = ('train', 'val')
   if val_fraction == 1:
@@ -80,7 +85,7 @@ def _first_held_out(sizes: array.array, val_fraction: float) -> int:
   """The first of the fewest last documents that reach the fraction, and never all."""
   wanted = val_fraction * sum(sizes)
   first = len(sizes)
-  while wanted > 0 and first > 1:
+  while wanted > 1e-6 and first > 1:  # 0.55 of 100 is more than 55
     first -= 1
     wanted -= sizes[first]
   return first
@@ -102,12 +107,18 @@ def _part(blocks: Iterator[str], low: int, high: int) -> Iterator[documents.Part
     at += len(block)
 
 
-def _as_measured(name: str, blocks: Iterator[str], characters: int) -> Iterator[str]:
-  for block in blocks:
-    characters -= len(block)
-    yield block
-  if characters:
-    raise errors.UserError(f'data.path: {name} changed while it was read')
+def _stamp(path: str) -> tuple[int, int, int]:
+  with _reading(path):
+    found = os.stat(path)
+  return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _unchanged(path: str, field: str, stamp: tuple[int, int, int]) -> Iterator[tuple[str, Iterator[str]]]:
+  """`_documents`; raises UserError where the file isn't the one that had `stamp`."""
+  for found in (_documents(path, field), iter(())):
+    if _stamp(path) != stamp:
+      raise errors.UserError(f'data.path: {path} changed while it was read')
+    yield from found
 
 
 def _documents(path: str, field: str) -> Iterator[tuple[str, Iterator[str]]]:
@@ -142,38 +153,38 @@ def _open(path: str) -> Iterator[BinaryIO]:
     with gzip.open(path) as file:
       yield file  # type: ignore[misc]
   elif path.endswith('.zst'):
-    # Several frames follow each other where files were joined, or packed in parallel.
-    decompressor = zstandard.ZstdDecompressor()
-    with open(path, 'rb') as packed, decompressor.stream_reader(packed, read_across_frames=True) as file:
-      yield _Lines(file)  # type: ignore[misc]
+    with open(path, 'rb') as packed, io.BufferedReader(_Unpacked(packed), BLOCK_BYTES) as file:
+      yield file
   else:
     with open(path, 'rb') as file:
       yield file
 
 
-class _Lines:
-  """`readline` for a stream that has only `read`."""
+class _Unpacked(io.RawIOBase):
+  """The text of a .zst. The library's own stream takes a file that was cut for one that ended."""
 
-  def __init__(self, file: BinaryIO):
-    self._file, self._rest = file, b''
+  def __init__(self, packed: BinaryIO):
+    self._packed, self._waiting = packed, b''
+    self._frame: zstandard.ZstdDecompressionObj | None = None
 
-  def read(self, size: int) -> bytes:
-    return self._file.read(size)
+  def readable(self) -> bool:
+    return True
 
-  def readline(self, limit: int) -> bytes:
-    parts, size = [], 0
-    while size < limit:
-      end = self._rest.find(b'\n') + 1
-      if end:
-        parts.append(self._rest[:end])
-        self._rest = self._rest[end:]
-        break
-      parts.append(self._rest)
-      size += len(self._rest)
-      self._rest = self._file.read(BLOCK_BYTES)
-      if not self._rest:
-        break
-    return b''.join(parts)
+  def readinto(self, buffer) -> int:
+    while not self._waiting:
+      frame = self._frame if self._frame is not None and not self._frame.eof else None
+      rest = self._frame.unused_data if self._frame is not None and frame is None else b''
+      data = rest or self._packed.read(PACKED_BYTES)
+      if not data and frame is not None:
+        raise EOFError('it ends within a frame')
+      if not data:
+        return 0
+      # Several frames follow each other where files were joined, or packed in parallel.
+      self._frame = frame or zstandard.ZstdDecompressor().decompressobj()
+      self._waiting = self._frame.decompress(data)
+    size = min(len(buffer), len(self._waiting))
+    buffer[:size], self._waiting = self._waiting[:size], self._waiting[size:]
+    return size
 
 
 def _text(path: str, file: BinaryIO) -> Iterator[str]:
@@ -206,7 +217,7 @@ def _field(where: str, line: bytes, field: str) -> str:
   if len(line) >= MAX_LINE_BYTES:
     raise errors.UserError(f'data.path: {where} is longer than {MAX_LINE_BYTES} bytes')
   try:
-    row = json.loads(line)
+    row = json.loads(line.decode())  # of bytes it would take UTF-16 and a byte-order mark
   except (ValueError, RecursionError) as error:
     raise errors.UserError(f"data.path: {where} isn't JSON: {error}") from error
   text = row.get(field) if isinstance(row, dict) else None
@@ -230,6 +241,14 @@ def _check_text(where: str, text: str, offset: int) -> None:
     raise errors.UserError(
         f'data.path: {where} holds {text[error.start]!r} at character {offset + error.start}: half a surrogate pair, not text'
     ) from error
+
+
+def exists(path: str) -> bool:
+  """Whether it names any file."""
+  try:
+    return bool(_find_files(path))
+  except errors.UserError:
+    return False
 
 
 def _find_files(path: str) -> list[str]:

@@ -22,6 +22,7 @@ from textgen_jax.data import corpora, documents, downloads, encode, tokens
 from textgen_jax.text import base, build
 
 FORMAT = 2  # counts changes to the files below or to how documents are joined
+JOURNAL = 'journal.json'
 JOURNAL_JOBS = 16  # jobs between two notes of how far it has come: what is done again after a kill
 PARALLEL_CHARACTERS = 1 << 24  # less is encoded before a worker has started
 
@@ -30,7 +31,7 @@ PARALLEL_CHARACTERS = 1 << 24  # less is encoded before a worker has started
 class PreparedData:
   """Tokens of each split, and what made them.
 
-  `description` holds `format`, `corpus` (its name), `determined_by`, `tokenizer` (its fingerprint) and `splits`: for each one its
+  `description` holds `format`, `corpus` (its name), `tokenizer` (its fingerprint) and `splits`: for each one its
   `tokens`, `dtype`, `documents` (how many), `ranges` (of each corpus: start, stop, weight) and `sha256` of its files by suffix.
   """
 
@@ -70,33 +71,41 @@ def prepare(data: corpora.DataConfig, tokenizer: base.TokenizerConfig) -> Prepar
         _write(partial, opened, data.loss_on_replies, train, {'format': FORMAT, 'corpus': name, 'determined_by': determined_by})
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
+        (directory / JOURNAL).unlink()
       prepared = _open(directory, name)
+  return _read_back(prepared, directory)
+
+
+def _read_back(prepared: PreparedData | None, directory: pathlib.Path) -> PreparedData:
   if prepared is None:
     raise errors.MachineFailed(f"{directory} was written and can't be read back: check the disk")
   return prepared
 
 
 @contextlib.contextmanager
-def tokenised(corpus: documents.Corpus, tokenizer: base.Tokenizer, only_replies: bool = False) -> Iterator[PreparedData]:
+def tokenized(corpus: documents.Corpus, tokenizer: base.Tokenizer) -> Iterator[PreparedData]:
   """A corpus in a tokenizer's ids, on disk until the context ends."""
-  with tempfile.TemporaryDirectory(prefix='textgen_jax_') as folder:
+  cache = downloads.cache_directory()
+  with downloads.locked(cache / 'tokenized.lock'):
+    pass  # the cache can be written
+  with tempfile.TemporaryDirectory(dir=cache, prefix='tokenized_') as folder:
     directory = pathlib.Path(folder, 'tokens')
     with _whole_or_nothing(directory):
-      _write(directory, [(corpus, 1.0)], only_replies, lambda: tokenizer, {'format': FORMAT, 'corpus': corpus.name})
+      _write(directory, [(corpus, 1.0)], False, lambda: tokenizer, {'format': FORMAT, 'corpus': corpus.name})
     prepared = _open(directory, corpus.name)
-    if prepared is None:
-      raise errors.MachineFailed(f"{directory} was written and can't be read back: check the disk")
-    yield prepared
+    yield _read_back(prepared, directory)
 
 
 @contextlib.contextmanager
 def _whole_or_nothing(directory: pathlib.Path) -> Iterator[None]:
-  """Leaves nothing behind where an error ends it; what a signal ends can be gone on with."""
+  """Leaves nothing behind where an error ends it; what a signal ends can be gone on with, in this process or another."""
   try:
     yield
   except OSError as error:
     shutil.rmtree(directory, ignore_errors=True)
     raise errors.MachineFailed(f"can't write {directory}: {error.strerror}; TEXTGEN_JAX_CACHE sets another place") from error
+  except encode.WorkerDied:  # as when memory was short: it can be gone on with
+    raise
   except errors.RunError:
     shutil.rmtree(directory, ignore_errors=True)
     raise
@@ -148,8 +157,10 @@ def _open(directory: pathlib.Path, name: str) -> PreparedData | None:
 
 def _open_split(directory: pathlib.Path, split: str, about: dict[str, Any]) -> tokens.Split:
   """Raises ValueError where a file isn't what was written."""
+  if _sha256_of(about['ranges']) != about['ranges_sha256']:
+    raise ValueError(f'{split}: ranges')
   for suffix, sha256 in about['sha256'].items():
-    if _sha256(directory / f'{split}.{suffix}') != sha256:
+    if downloads.file_sha256(directory / f'{split}.{suffix}') != sha256:
       raise ValueError(f'{split}.{suffix}')
   ids = np.memmap(directory / f'{split}.bin', about['dtype'], 'r')
   records = np.fromfile(directory / f'{split}.documents', tokens.DOCUMENT)
@@ -178,8 +189,9 @@ def _write(
     print(f'going on in {directory}', file=sys.stderr)
   tokenizer = build.load(directory / 'tokenizer')
   characters = [corpus.characters for corpus, _ in opened]
-  total = None if None in characters else sum(filter(None, characters))
-  workers = _cores() if (total or 0) > PARALLEL_CHARACTERS else 0
+  known = sum(filter(None, characters))
+  total = None if None in characters else known
+  workers = _cores() if known > PARALLEL_CHARACTERS else 0  # a corpus that doesn't know its size fits in memory
   names = [split for split in ('train', 'val', 'test') if any(split in corpus.splits for corpus, _ in opened)]
   with tqdm.tqdm(total=total, unit='char', unit_scale=True, desc='tokenise', disable=None) as bar:
     for split in names:
@@ -202,7 +214,6 @@ def _write(
         writer.end()
   weights = [weight for _, weight in opened]
   description |= {'tokenizer': journal.tokenizer, 'splits': {split: _describe(directory, split, journal, weights) for split in names}}
-  journal.path.unlink()
   (directory / 'description.json').write_text(json.dumps(description, indent=2) + '\n', encoding='utf-8')
 
 
@@ -216,7 +227,8 @@ def _describe(directory: pathlib.Path, split: str, journal: '_Journal', weights:
     'dtype': about['dtype'],
     'documents': about['documents'],
     'ranges': ranges,
-    'sha256': {suffix: _sha256(directory / f'{split}.{suffix}') for suffix in about['sizes']},
+    'ranges_sha256': _sha256_of(ranges),
+    'sha256': {suffix: downloads.file_sha256(directory / f'{split}.{suffix}') for suffix in about['sizes']},
   }
 
 
@@ -224,15 +236,18 @@ class _Journal:
   """How far a preparation has come, on disk; what lies past it in the files is written anew."""
 
   def __init__(self, directory: pathlib.Path):
-    self.path = directory / 'journal.json'
+    self.path = directory / JOURNAL
     self.tokenizer: str | None = None  # its fingerprint, once it is saved
     self.splits: dict[str, dict[str, Any]] = {}
     try:
       stored = json.loads(self.path.read_bytes())
-      if build.load(directory / 'tokenizer').fingerprint() == stored['tokenizer']:
+      whole = build.load(directory / 'tokenizer').fingerprint() == stored['tokenizer']
+      for split, about in stored['splits'].items():  # a file that lost its end, as after a power cut, would be filled up with zeros
+        whole &= all((directory / f'{split}.{suffix}').stat().st_size >= size for suffix, size in about['sizes'].items())
+      if whole:
         self.tokenizer, self.splits = stored['tokenizer'], stored['splits']
-    except (OSError, ValueError, KeyError, TypeError, errors.UserError):
-      pass
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, errors.UserError):
+      pass  # it begins anew
 
   def write(self) -> None:
     temporary = self.path.with_suffix('.tmp')
@@ -258,7 +273,6 @@ class _SplitWriter:
     for suffix, size in self._state['sizes'].items():
       file = self._files[suffix] = open(directory / f'{split}.{suffix}', 'ab')  # noqa: SIM115, closed by __exit__
       file.truncate(size)
-      file.seek(size)
 
   def __enter__(self) -> '_SplitWriter':
     return self
@@ -332,14 +346,14 @@ class _SplitWriter:
   def _note(self) -> None:
     for suffix, file in self._files.items():
       file.flush()
+      os.fsync(file.fileno())
       self._state['sizes'][suffix] = file.tell()
     self._journal.write()
 
 
+def _sha256_of(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def _cores() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -32,7 +32,7 @@ class Range(NamedTuple):
 class Split(NamedTuple):
   """Tokens of documents, each after `end_of_text`, with one more at the end."""
 
-  tokens: np.ndarray  # [N], of an unsigned type
+  tokens: np.ndarray  # [N], of an integer type
   documents: np.ndarray  # DOCUMENT, [number of documents]
   ranges: tuple[Range, ...]
   is_reply: np.ndarray | None = None  # bool [N], where replies alone are learned and scored

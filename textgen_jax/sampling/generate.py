@@ -50,9 +50,9 @@ def generate(
   """
   each = [settings] * len(prompts) if isinstance(settings, SamplingParams) else settings
   owners = [(p, one, s) for p, one in zip(prompts, each, strict=True) for s in range(one.num_samples)]
-  ids = {prompt: prompt_ids(tokenizer, prompt) for prompt in prompts}
-  texts = [_Text(tokenizer, ids[p], one) for p, one, _ in owners]
-  sampler = _sampler(model, params, tokenizer, [ids[p] for p, _, _ in owners], [one for _, one, _ in owners], [s for _, _, s in owners])
+  ids = [prompt_ids(tokenizer, prompt, one.begins_document) for prompt, one, _ in owners]
+  texts = [_Text(tokenizer, prompt, one) for prompt, (_, one, _) in zip(ids, owners, strict=True)]
+  sampler = _sampler(model, params, tokenizer, ids, [one for _, one, _ in owners], [s for _, _, s in owners])
   for drawn in sampler:
     for row, new in drawn.items():
       texts[row].feed(new)
@@ -70,7 +70,7 @@ def stream(
   model: base.LanguageModel, params: Any, tokenizer: text_base.Tokenizer, prompt: str, settings: SamplingParams
 ) -> Iterator[str]:
   """One completion in pieces, as they are made; together they are what `generate` gives."""
-  ids = prompt_ids(tokenizer, prompt)
+  ids = prompt_ids(tokenizer, prompt, settings.begins_document)
   text = _Text(tokenizer, ids, settings)
   sampler = _sampler(model, params, tokenizer, [ids], [settings], [0])
   shown = 0
@@ -152,6 +152,7 @@ def find_stop(text: str, stop: Sequence[str]) -> int | None:
   return min(found) if found else None
 
 
-def prompt_ids(tokenizer: text_base.Tokenizer, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: text_base.Tokenizer, prompt: str, begins_document: bool = False) -> list[int]:
   """The prompt's ids; an empty prompt is what stands before a document."""
-  return [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.special_ids['end_of_text']]
+  ids = [int(i) for i in tokenizer.encode(prompt)]
+  return [tokenizer.special_ids['end_of_text'], *ids] if begins_document or not ids else ids

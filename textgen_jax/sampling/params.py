@@ -18,6 +18,7 @@ class SamplingParams:
   seed: int = 0
   num_samples: int = 1  # of each prompt
   stop: tuple[str, ...] = ()  # a text ends before the first of these
+  begins_document: bool = False  # the prompt is a document's beginning, which end_of_text stands before in training
   stop_at_end: bool = True  # a text ends where the model ends its document; False: the next document follows
   allow_unknown: bool = False  # may draw the token for what has no id of its own, such as <unk>
 

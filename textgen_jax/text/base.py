@@ -84,6 +84,15 @@ def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
   return ids
 
 
+def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+  """What each token adds to the text; joined they are its text. One that only begins a character adds nothing."""
+  decoder = tokenizer.incremental_decoder()
+  texts = [decoder.feed([i]) for i in ids]
+  if texts:
+    texts[-1] += decoder.flush()
+  return texts
+
+
 def fingerprint(fields: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 

@@ -40,7 +40,10 @@ class CharTokenizer:
   @classmethod
   def train(cls, config: base.TokenizerConfig, texts: Iterable[str]) -> 'CharTokenizer':
     """Learns the characters of `texts`, the training split."""
-    characters = ''.join(sorted(set().union(*map(set, texts))))
+    found: set[str] = set()
+    for text in texts:
+      found.update(text)
+    characters = ''.join(sorted(found))
     if not characters:
       raise errors.UserError('tokenizer.kind=char needs a training text of at least 1 character')
     surrogate = _first_surrogate(characters)

@@ -19,7 +19,6 @@ from textgen_jax.text import base
 
 DEFAULT_VOCAB_SIZE = 4096
 MAX_VOCAB_SIZE = 1 << 24  # far above any text's; the library counts in 32 bits
-END_OF_TEXT = '<|endoftext|>'
 TRAINING_BYTES = 32 << 20  # of text that training keeps: unigram took 108 s and 1.2 GB for 50 MB of English
 BLOCK_BYTES = 1 << 16      # what a sample of a larger corpus takes or leaves
 MAX_MODEL_BYTES = base.MAX_FILE_BYTES // 4 * 3 - 4096  # base64 of it must fit the file
@@ -162,7 +161,7 @@ class SentencePieceTokenizer:
 
   def pieces(self) -> list[str]:
     """Every id's piece as the model spells it, with U+2581 for a space; what can't be printed is escaped."""
-    pieces = self._pieces + [END_OF_TEXT] * (self.vocab_size - len(self._pieces))
+    pieces = self._pieces + [base.END_OF_TEXT] * (self.vocab_size - len(self._pieces))
     return [''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in piece) for piece in pieces]
 
   def _fields(self) -> dict:
@@ -367,7 +366,7 @@ def _learn(config: base.TokenizerConfig, lines: Iterator[str]) -> bytes:
         user_defined_symbols=SYMBOLS,
         unk_id=0,
         eos_id=1,
-        eos_piece=END_OF_TEXT,
+        eos_piece=base.END_OF_TEXT,
         bos_id=-1,
         pad_id=-1,
         num_threads=1,                           # sums in one order: the same pieces on every machine

@@ -5,8 +5,9 @@
 
 Every token is predicted once, in rows that the text alone fixes. A Transformer's rows overlap, so that
 each token has at least context - stride tokens before it in the text (at its beginning, all there are); an
-LSTM that was trained to carry its state carries it. Bits per byte and per character and word perplexity
-charge what has no id with its spelling, so that models with different tokenizers can be compared.
+LSTM that was trained to carry its state carries it over rows of about 8,192 tokens, warmed up before each.
+Bits per byte and per character and word perplexity charge what has no id with its spelling, so that models
+with different tokenizers can be compared.
 Standard errors are over documents. --documents writes a line for each of them before the last line.
 """
 
@@ -59,8 +60,8 @@ def _main(argv: Sequence[str]) -> None:
       for i, name in enumerate(prepared.names(split)):
         if score.documents['tokens'][i]:
           print(json.dumps({'document': name, **score.of(i).summary()}))
-  stride = how.stride or None  # none: the state is carried
-  print(json.dumps({**score.summary(), 'text': values.data or split, 'step': trained.step, 'stride': stride}))
+  what = {'text': values.data or split, 'replies_only': text.is_reply is not None}
+  print(json.dumps({**score.summary(), **what, 'step': trained.step, 'stride': how.stride or None}))  # no stride: the state is carried
 
 
 def reading(trained: workdir.Trained, stride: int = 0) -> evaluate.Reading:
@@ -68,7 +69,7 @@ def reading(trained: workdir.Trained, stride: int = 0) -> evaluate.Reading:
   training = trained.experiment.training
   length, carried = training.sequence_length, training.windows == 'contiguous'
   if stride and carried:
-    raise errors.UserError(f'stride={stride}: this model carries its state over the whole text, so its rows have no stride')
+    raise errors.UserError(f'stride={stride}: this model carries its state, so its rows have no stride')
   if not 0 <= stride <= length:
     raise errors.UserError(f'stride={stride} is not in [1, {length}], the tokens that the model was trained on at a time')
   end_of_text = trained.tokenizer.special_ids['end_of_text'] if training.mask_documents else None
@@ -79,19 +80,26 @@ def reading(trained: workdir.Trained, stride: int = 0) -> evaluate.Reading:
 def prepared_text(trained: workdir.Trained, path: str, field: str) -> Iterator[tuple[prepare.PreparedData, str]]:
   """Any text in the model's ids."""
   corpus = files.open_files(path, field, val_fraction=1.0)
-  with prepare.tokenised(corpus, trained.tokenizer) as prepared:
+  with prepare.tokenized(corpus, trained.tokenizer) as prepared:
     yield prepared, 'val'
 
 
 @contextlib.contextmanager
 def _split_text(trained: workdir.Trained, split: str) -> Iterator[tuple[prepare.PreparedData, str]]:
   """A split, checked to be in the ids that the model knows."""
-  prepared = prepare.prepare(trained.experiment.data, trained.experiment.tokenizer)
+  prepared = own_text(trained)
   if split not in prepared.splits:
-    raise errors.UserError(f'split={split!r} is none of {", ".join(prepared.splits)}')
-  if prepared.fingerprint != trained.fingerprint:
-    raise errors.UserError(f'split={split!r}: the text is not the one that the model was trained on; --data=FILE scores any file')
+    raise errors.not_among('split', split, prepared.splits)
   yield prepared, split
+
+
+def own_text(trained: workdir.Trained) -> prepare.PreparedData:
+  """What the model was trained on, checked to be just that."""
+  prepared = prepare.prepare(trained.experiment.data, trained.experiment.tokenizer)
+  if prepared.fingerprint != trained.fingerprint:
+    name = prepared.description['corpus']
+    raise errors.UserError(f"{name}: this isn't the text that the model was trained on; name a file with --data or --train")
+  return prepared
 
 
 if __name__ == '__main__':

@@ -105,11 +105,13 @@ def _main(argv: Sequence[str]) -> None:
   train, val = read_texts('train', values.train), read_texts('val', values.val)
   if values.workdir and not (samples and train):
     from textgen_jax import workdir  # after the checks: it takes seconds to import
+    from textgen_jax.tools import evaluate
 
     trained = workdir.load(values.workdir, values.checkpoint)
     if not samples:
       samples = draw(trained, values.prompt, each)
     if not values.train:
+      evaluate.own_text(trained)
       train = read_split(trained.experiment.data, 'train')
       val = val or read_split(trained.experiment.data, 'val')
   columns = compare(samples, train, val, values.at_least)
@@ -125,9 +127,11 @@ def draw(trained: Any, prompt: str, each: dict[str, params.SamplingParams]) -> d
   from textgen_jax.sampling import generate
 
   compilation.keep_compiled()
+  begins = trained.experiment.training.mask_documents
+  settings = {name: dataclasses.replace(one, begins_document=begins) for name, one in each.items()}
   return {
-    name: [one.text for one in generate.generate(trained.model, trained.params, trained.tokenizer, [prompt], settings)]
-    for name, settings in each.items()
+    name: [sample.text for sample in generate.generate(trained.model, trained.params, trained.tokenizer, [prompt], one)]
+    for name, one in settings.items()
   }
 
 

@@ -10,7 +10,6 @@ red (a surprise). Texts are scored apart: none sees another. --tokens takes ids 
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import sys
@@ -77,8 +76,7 @@ def _read(trained: workdir.Trained, values: flags.FlagValues) -> Iterator[tuple[
       del split
       return (documents.Document(f'text {i}', [documents.Part(text)]) for i, text in enumerate(texts, start=1))
 
-    key = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-    with prepare.tokenised(documents.Corpus('text', key, ('val',), read, sum(map(len, texts))), trained.tokenizer) as prepared:
+    with prepare.tokenized(documents.Corpus('text', '', ('val',), read, sum(map(len, texts))), trained.tokenizer) as prepared:
       yield prepared.names('val'), prepared.splits['val']
   else:
     yield ['tokens'], _of_ids(trained.tokenizer, values.tokens)
@@ -108,20 +106,11 @@ def score(trained: workdir.Trained, names: Sequence[str], split: tokens.Split) -
     yield {
       'document': name,
       'tokens': ids,
-      'pieces': pieces(trained.tokenizer, ids),
+      'pieces': base.token_texts(trained.tokenizer, ids),
       'log_probs': [float(x) for x in log_probs[inside]],
       'end_log_prob': float(log_probs[inside.stop]),
       'loss_nats': -float(log_probs[inside.start : inside.stop + 1].astype(np.float64).mean()),
     }
-
-
-def pieces(tokenizer: base.Tokenizer, ids: Sequence[int]) -> list[str]:
-  """What each token adds to the text; joined they are its text. One that only begins a character adds nothing."""
-  decoder = tokenizer.incremental_decoder()
-  found = [decoder.feed([i]) for i in ids]
-  if found:
-    found[-1] += decoder.flush()
-  return found
 
 
 def colored(row: dict[str, Any]) -> str:

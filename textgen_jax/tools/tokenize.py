@@ -9,6 +9,7 @@ bytes that a token stands for, tokens per byte, the share of the vocabulary that
 unknown, the share of documents that decoding gives back as they are, and the longest tokens.
 """
 
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -19,9 +20,8 @@ from absl import flags
 from textgen_jax import command_line, errors, workdir
 from textgen_jax.data import corpora, prepare
 from textgen_jax.text import base, build
-from textgen_jax.tools import score
 
-CHECKED_TOKENS = 1 << 20  # of val, decoded and compared
+CHECKED_DOCUMENTS = 100  # of val, decoded and compared
 
 
 def main(argv: Sequence[str]) -> int:
@@ -49,6 +49,8 @@ def _main(argv: Sequence[str]) -> None:
   if sum(map(bool, (values.corpus, values.data, values.workdir))) != 1:
     raise errors.UserError('--corpus, --data or --workdir: give one of them')
   if values.workdir:
+    if given := [f'--{name}' for name in ('kind', *build.READ_BY) if values[name].present]:
+      raise errors.UserError(f'{given[0]} and --workdir: a trained model has its tokenizer already')
     trained = workdir.load(values.workdir)
     found = [trained.tokenizer]
     print(f'{trained.tokenizer.kind}: {trained.tokenizer.vocab_size:,} ids, SHA-256 {trained.tokenizer.fingerprint()[:12]}')
@@ -76,33 +78,36 @@ def compare(values: flags.FlagValues) -> list[base.Tokenizer]:
     build.check(configs[-1])
   header = ('kind', 'ids', 'bytes/token', 'tokens/byte', 'ids used', 'unknown', 'exact', 'longest tokens')
   print('  '.join(f'{name:>13}' for name in header))
+  read = (document for corpus, _ in corpora.open_corpora(data) for document in corpus.read('val'))
+  texts = list(itertools.islice((''.join(part.text for part in document.parts) for document in read), CHECKED_DOCUMENTS))
   found = []
   for config in configs:
-    prepared = prepare.prepare(data, config)
+    try:
+      prepared = prepare.prepare(data, config)
+    except errors.UserError as error:
+      if len(configs) == 1:
+        raise
+      print(f'{config.kind:>13}  {error}', flush=True)
+      continue
     val, tokenizer = prepared.splits['val'], prepared.tokenizer
     total = {name: int(val.documents[name].sum()) for name in ('bytes', 'unknowns')}
-    ids = len(val.tokens) - 1 - len(val.documents)  # of text, without the ends
+    ids = max(len(val.tokens) - 1 - len(val.documents), 1)  # of text, without the ends
     used = len(np.unique(val.tokens)) / tokenizer.vocab_size
     cells = (
       config.kind, f'{tokenizer.vocab_size:,}', f'{total["bytes"] / ids:.3f}', f'{ids / total["bytes"]:.4f}', f'{used:.1%}',
-      f'{total["unknowns"] / ids:.2%}', f'{exact(data, prepared):.1%}',
+      f'{total["unknowns"] / ids:.2%}', f'{exact(texts, prepared):.1%}',
     )  # fmt: skip
     print('  '.join(f'{cell:>13}' for cell in cells) + '  ' + '  '.join(longest(tokenizer, values.longest)), flush=True)
     found.append(tokenizer)
   return found
 
 
-def exact(data: corpora.DataConfig, prepared: prepare.PreparedData) -> float:
-  """The share of val's first documents that decoding gives back as they are."""
-  read = (document for corpus, _ in corpora.open_corpora(data) for document in corpus.read('val'))
-  val, back, seen = prepared.splits['val'], 0, 0
+def exact(texts: Sequence[str], prepared: prepare.PreparedData) -> float:
+  """The share of val's first documents, `texts`, that decoding gives back as they are."""
+  val = prepared.splits['val']
   stops = [*val.documents['start'][1:], len(val.tokens) - 1]
-  for document, start, stop in zip(read, val.documents['start'], stops, strict=True):
-    back += prepared.tokenizer.decode(val.tokens[start:stop]) == ''.join(part.text for part in document.parts)
-    seen += 1
-    if stop > CHECKED_TOKENS:
-      break
-  return back / seen
+  spans = zip(texts, val.documents['start'], stops, strict=False)
+  return sum(prepared.tokenizer.decode(val.tokens[start:stop]) == text for text, start, stop in spans) / len(texts)
 
 
 def longest(tokenizer: base.Tokenizer, count: int) -> list[str]:
@@ -112,7 +117,7 @@ def longest(tokenizer: base.Tokenizer, count: int) -> list[str]:
 
 def cut(tokenizer: base.Tokenizer, text: str) -> str:
   ids = [int(i) for i in tokenizer.encode(text)]
-  return ' '.join(f'{piece!r}:{i}' for piece, i in zip(score.pieces(tokenizer, ids), ids, strict=True)) + f'  ({len(ids)} tokens)'
+  return ' '.join(f'{piece!r}:{i}' for piece, i in zip(base.token_texts(tokenizer, ids), ids, strict=True)) + f'  ({len(ids)} tokens)'
 
 
 if __name__ == '__main__':

@@ -27,8 +27,8 @@ class Score:
   Standard errors are over documents, of a ratio of two sums. Source: Cochran 1977, Sampling Techniques, section 6.4.
   """
 
-  nll_D: np.ndarray  # float64, nats
-  documents: np.ndarray  # tokens.DOCUMENT, [D]
+  nll_sums: np.ndarray  # float64, nats; one a document
+  documents: np.ndarray  # tokens.DOCUMENT
   standardizes: bool = False  # the tokenizer's own; then the text isn't what the tokens stand for
 
   @property
@@ -37,30 +37,30 @@ class Score:
 
   @property
   def loss_nats(self) -> float:
-    return float(self.nll_D.sum()) / self.tokens
+    return float(self.nll_sums.sum()) / self.tokens
 
   @property
   def perplexity(self) -> float:
     return _exp(self.loss_nats)
 
   @property
-  def text_nll_D(self) -> np.ndarray:
+  def text_nll(self) -> np.ndarray:
     """Nats of each document's text, spelling included."""
     spelled = self.documents['unknown_bytes'] + self.documents['unknowns']
-    return self.nll_D + math.log(256) * spelled
+    return self.nll_sums + math.log(256) * spelled
 
   def per(self, measure: str) -> float | None:
     """Nats of text per 'bytes', 'characters' or 'words'; None where it can't be told."""
     total = int(self.documents[measure].sum())
-    return None if self.standardizes or not total else float(self.text_nll_D.sum()) / total
+    return None if self.standardizes or not total else float(self.text_nll.sum()) / total
 
-  def error(self, nll_D: np.ndarray, measure: str) -> float | None:
+  def stderr(self, nll_sums: np.ndarray, measure: str) -> float | None:
     """Standard error of the ratio of a loss and a measure, both summed over documents; None for less than two."""
     sizes = self.documents[measure].astype(np.float64)
     count = len(sizes)
     if count < 2 or not sizes.sum():
       return None
-    residual = nll_D - sizes * (nll_D.sum() / sizes.sum())
+    residual = nll_sums - sizes * (nll_sums.sum() / sizes.sum())
     return math.sqrt(count / (count - 1) * float((residual**2).sum())) / float(sizes.sum())
 
   @property
@@ -71,10 +71,10 @@ class Score:
   def summary(self) -> dict[str, Any]:
     """Everything, as JSON values."""
     bits_per_character, word_nats = self.per('characters'), self.per('words')
-    bytes_error = None if self.bits_per_byte is None else self.error(self.text_nll_D, 'bytes')
+    bytes_error = None if self.bits_per_byte is None else self.stderr(self.text_nll, 'bytes')
     return {
       'loss_nats': self.loss_nats,
-      'loss_nats_stderr': self.error(self.nll_D, 'tokens'),
+      'loss_nats_stderr': self.stderr(self.nll_sums, 'tokens'),
       'perplexity': self.perplexity,
       'bits_per_byte': self.bits_per_byte,
       'bits_per_byte_stderr': None if bytes_error is None else bytes_error / math.log(2),
@@ -87,7 +87,7 @@ class Score:
   def of(self, document: int) -> 'Score':
     """One document's."""
     one = slice(document, document + 1)
-    return Score(self.nll_D[one], self.documents[one], self.standardizes)
+    return Score(self.nll_sums[one], self.documents[one], self.standardizes)
 
 
 def _exp(nats: float) -> float:
@@ -183,9 +183,9 @@ def evaluate(
   model: base.LanguageModel, params: Any, split: tokens.Split, reading: Reading, *, standardizes: bool = False, **how: Any
 ) -> Score:
   """The score of a text; `how` as `token_losses` takes it. Losses are added in float64, whatever their order."""
-  nll_D = np.zeros(len(split.documents), np.float64)
+  nll_sums = np.zeros(len(split.documents), np.float64)
   for places, values in token_losses(model, params, split, reading, **how):
     # A document's first target comes right after its start, and the last stands where the next one starts.
     owners = np.searchsorted(split.documents['start'], places, side='left') - 1
-    np.add.at(nll_D, owners, values.astype(np.float64))
-  return Score(nll_D, split.documents, standardizes)
+    np.add.at(nll_sums, owners, values.astype(np.float64))
+  return Score(nll_sums, split.documents, standardizes)
