@@ -16,7 +16,7 @@ def get_config() -> experiment.Experiment:
   return experiment.Experiment(
     data=corpora.DataConfig(corpus='shakespeare'),
     tokenizer=base.TokenizerConfig(kind='word', coverage=0.97),
-    model=lstm.LSTMConfig(dim=256, num_layers=1, dropout=0.1),
+    model=lstm.LSTMConfig(dim=256, num_layers=1, tied_embedding=False, dropout=0.1),
     optimizer=optimizer.OptimizerConfig(peak_lr=4e-3, final_lr=1e-4, warmup_steps=50, b2=0.99, weight_decay=0.0),
     training=experiment.TrainingConfig(
       num_steps=794,
