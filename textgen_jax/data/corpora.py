@@ -45,7 +45,7 @@ def check(config: DataConfig) -> None:
   if config.mixture:
     for name, _ in parse_mixture(config.mixture):
       if name not in CORPORA and not files.exists(name):
-        raise errors.not_among('data.mixture', name, CORPORA)
+        raise errors.not_among('data.mixture', name, [*CORPORA, 'a file that exists'])
   elif not config.path and config.corpus not in CORPORA:
     raise errors.not_among('data.corpus', config.corpus, CORPORA)
 

@@ -18,7 +18,7 @@ from textgen_jax.training import losses
 CARRIED_ROW_TOKENS = 8192
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Score:
   """Losses summed over each document, and what the documents measure.
 
