@@ -1,5 +1,7 @@
 """A model that learned random strings by heart is made to say them, and is found out."""
 
+import string
+
 import conftest
 import numpy as np
 
@@ -8,7 +10,7 @@ from textgen_jax import workdir
 from textgen_jax.sampling import generate, params
 from textgen_jax.statistics import copies
 
-LETTERS = list('abcdefghijklmnop')
+LETTERS = list(string.ascii_letters)
 PREFIX = 12  # characters of a canary that call it up, and what stands before it
 
 
@@ -23,15 +25,17 @@ def test_every_canary_that_a_model_says_is_found_in_its_place(tmp_path):
   for document in range(4):
     text = ''
     for canary in canaries[document::4]:
-      text += random_text(generator.integers(10, 30)) + '\n'
+      text += random_text(generator.integers(15, 30)) + '\n'
       places[canary] = (document, len(text))
       text += canary + '\n'
     texts.append(text)
   for document, text in enumerate([*texts, random_text(200)]):  # the last is held out
     (tmp_path / f'{document}.txt').write_text(text)
   flags = {
-    'data.val_fraction': 0.05, 'model.dim': 64, 'model.num_layers': 2, 'model.num_heads': 4, 'optimizer.peak_lr': 5e-3,
-    'training.num_steps': 300, 'training.batch_size': 16, 'training.sequence_length': 64, 'training.eval_every_steps': 0,
+    'data.val_fraction': 0.05, 'model.dim': 64, 'model.num_layers': 2, 'model.num_heads': 4,
+    'optimizer.peak_lr': 1e-2, 'optimizer.warmup_steps': 20,
+    'training.num_steps': 400, 'training.batch_size': 16, 'training.sequence_length': 64,
+    'training.log_every_steps': 100, 'training.eval_every_steps': 0, 'training.checkpoint_every_steps': 0,
   }  # fmt: skip
   argv = conftest.train_argv(tmp_path / 'run', tmp_path / '?.txt', *(f'--config.{name}={value}' for name, value in flags.items()))
   assert train.main(argv) == 0
