@@ -15,6 +15,9 @@ from absl import flags
 
 from textgen_jax import command_line, compilation, errors
 from textgen_jax.sampling import params
+from textgen_jax.text import base
+
+MAX_PROMPTS_BYTES = 1 << 30
 
 
 def main(argv: Sequence[str]) -> int:
@@ -86,7 +89,7 @@ def _main(argv: Sequence[str]) -> None:
   trained = workdir.load(values.workdir, values.checkpoint)
   if values.begins_document is None:
     settings = dataclasses.replace(settings, begins_document=trained.experiment.training.mask_documents)
-  reaches = max(len(trained.tokenizer.encode(prompt)) for prompt in prompts) + settings.max_new_tokens
+  reaches = max(len(generate.prompt_ids(trained.tokenizer, prompt)) for prompt in prompts) + settings.max_new_tokens
   if reaches > trained.model.context_length:
     _tell_past_context(trained, reaches)
   if values.stream:
@@ -133,9 +136,8 @@ def read_prompts(path: pathlib.Path) -> list[str]:
     UserError: names the file, the line and what it lacks.
   """
   try:
-    lines = path.read_text(encoding='utf-8-sig').removesuffix('\n').split('\n')
-  except OSError as error:
-    raise errors.UserError(f'prompts_file={str(path)!r}: {error.strerror}') from error
+    text = base.read_bounded(path, MAX_PROMPTS_BYTES, 'prompts_file').decode('utf-8-sig')
+    lines = text.replace('\r\n', '\n').removesuffix('\n').split('\n')
   except UnicodeDecodeError as error:
     raise errors.UserError(f"prompts_file={str(path)!r} isn't UTF-8 at byte {error.start}") from error
   if lines == ['']:

@@ -32,7 +32,9 @@ class Parts:
         raise errors.UserError(f'workdir={str(directory)!r}: {path} is a file')
     self.directory = directory
     self.stored = workdir.latest_about(directory)  # None: a fresh start
-    stored = experiment_lib.from_json(self.stored['experiment'], f'{directory}/checkpoints') if self.stored else None
+    stored, self.stored_fingerprint = None, ''
+    if self.stored is not None:
+      stored, self.stored_fingerprint = workdir.described(self.stored, f'{directory}/checkpoints')
     self.experiment, self.changes = reconcile(experiment, stored, directory)
     e, c = self.experiment, self.experiment.training
     self.mesh = sharding.make_mesh(e.sharding)
@@ -65,6 +67,9 @@ class Parts:
     self.end_of_text = prepared.tokenizer.special_ids['end_of_text'] if c.mask_documents else None
     make = windows.ContiguousStreams if c.windows == 'contiguous' else windows.RandomWindows
     self.windows = make(prepared.splits['train'], e.seed, c.batch_size, c.sequence_length, self.end_of_text)
+    is_reply = prepared.splits['train'].is_reply
+    if is_reply is not None and is_reply[1:].all():
+      raise errors.UserError(f'data.loss_on_replies=True: {prepared.description["corpus"]} marks nothing as what is answered')
     self.val_prefix = tokens.prefix(self.val, c.eval_max_tokens or len(self.val.tokens))
     if self.val.documents['tokens'].sum() and not self.val_prefix.documents['tokens'].sum():
       raise errors.UserError(f'training.eval_max_tokens={c.eval_max_tokens} tokens of val hold no reply to score: take more, or 0 for all')
@@ -75,8 +80,8 @@ class Parts:
     except errors.UserError as error:
       raise errors.UserError(f'training.sample_prompt={c.sample_prompt!r}: {error}') from error
     self.fingerprint = prepared.fingerprint
-    if self.stored and self.stored['fingerprint'] != self.fingerprint:
-      change = f'fingerprint {self.stored["fingerprint"][:12]} -> {self.fingerprint[:12]}'
+    if self.stored_fingerprint and self.stored_fingerprint != self.fingerprint:
+      change = f'fingerprint {self.stored_fingerprint[:12]} -> {self.fingerprint[:12]}'
       raise errors.UserError(f'workdir={str(self.directory)!r} was trained on other text: data {change}')
 
   def _check_tokenizer(self) -> None:

@@ -30,7 +30,8 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
   logging.set_verbosity(logging.ERROR)  # orbax tells at length what it does
   try:
     main(argv)
-    sys.stdout.flush()
+    if sys.stdout:  # closed by the caller: `>&-`
+      sys.stdout.flush()
   except BrokenPipeError:  # a reader that has had enough, as `head` has
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
   except errors.RunError as error:

@@ -108,7 +108,7 @@ def parse_profile_steps(text: str) -> range:
   if not text:
     return range(0)
   first, _, last = text.partition(':')
-  if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+  if not (first.isdecimal() and last.isdecimal() and len(first + last) < 20 and 1 <= int(first) <= int(last)):
     raise errors.UserError(f"training.profile_steps={text!r} is not FIRST:LAST with 1 <= FIRST <= LAST, such as '10:15'")
   return range(int(first), int(last) + 1)
 

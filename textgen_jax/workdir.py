@@ -48,18 +48,22 @@ def load(workdir: str | os.PathLike, checkpoint: str = 'best') -> Trained:
   kept = checkpoints.Checkpoints(path, read_only=True)
   step = _choose(kept, checkpoint, path)
   about = kept.about(step)
-  experiment = experiment_lib.from_json(about.get('experiment'), f'{path}/checkpoints/{step}')
-  tokenizer = tokenizer_from(about.get('tokenizer'))
+  where = f'{path}/checkpoints/{step}'
+  experiment, fingerprint = described(about, where)
+  try:
+    tokenizer = tokenizer_from(about.get('tokenizer'))
+  except (errors.RunError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    raise errors.NoGoodCheckpoint(f'{where}: its tokenizer is damaged: {checkpoints.first_line(error)}') from error
   found, wanted = tokenizer.fingerprint(), str(about.get('tokenizer_sha256'))
   if found != wanted:
-    raise errors.UserError(f'{path}/checkpoints/{step}: its tokenizer has SHA-256 {found[:12]}, and it was trained with {wanted[:12]}')
+    raise errors.UserError(f'{where}: its tokenizer has SHA-256 {found[:12]}, and it was trained with {wanted[:12]}')
   model = build.build(experiment.model, tokenizer.vocab_size, experiment.training.sequence_length)
   params = kept.restore_params(step, abstract_params(model))
   kept.close()
   bad = [name for name, leaf in trees.named_leaves(params) if not bool(jnp.isfinite(leaf).all())]
   if bad:
     raise errors.NoGoodCheckpoint(f'{path}/checkpoints/{step}: parameter {bad[0]} holds values that are not finite')
-  return Trained(model, params, tokenizer, experiment, step, about['fingerprint'])
+  return Trained(model, params, tokenizer, experiment, step, fingerprint)
 
 
 def _choose(kept: checkpoints.Checkpoints, checkpoint: str, path: pathlib.Path) -> int:
@@ -71,7 +75,7 @@ def _choose(kept: checkpoints.Checkpoints, checkpoint: str, path: pathlib.Path) 
   if checkpoint == 'best':
     best = kept.best_step()
     return steps[-1] if best is None else best
-  if checkpoint.isdecimal() and int(checkpoint) in steps:
+  if checkpoint in map(str, steps):
     return int(checkpoint)
   raise errors.not_among('checkpoint', checkpoint, ['best', 'latest', *map(str, steps)])
 
@@ -89,11 +93,29 @@ def abstract_params(model: Any) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
 
 
+def described(about: Any, where: str) -> tuple[experiment_lib.Experiment, str]:
+  """What a checkpoint says it was trained as, and its data's fingerprint.
+
+  Raises:
+    NoGoodCheckpoint: it doesn't say.
+  """
+  fingerprint = about.get('fingerprint') if isinstance(about, dict) else None
+  if not isinstance(fingerprint, str):
+    raise errors.NoGoodCheckpoint(f'{where}: it says nothing of the data that it was trained on')
+  try:
+    return experiment_lib.from_json(about.get('experiment'), where), fingerprint
+  except errors.UserError as error:
+    raise errors.NoGoodCheckpoint(str(error) if where in str(error) else f'{where}: {error}') from error
+
+
 def tokenizer_from(files: Any) -> text_base.Tokenizer:
   """A tokenizer from the files that a checkpoint holds."""
   with tempfile.TemporaryDirectory() as directory:
     checkpoints.write_files(pathlib.Path(directory), files or {})
-    return text_build.load(directory)
+    try:
+      return text_build.load(directory)
+    except errors.UserError as error:  # the directory is gone when anyone reads of it
+      raise errors.UserError(str(error).replace(directory, 'tokenizer')) from error
 
 
 def tokenizer_files(tokenizer: text_base.Tokenizer) -> dict[str, Any]:

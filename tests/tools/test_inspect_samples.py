@@ -8,7 +8,7 @@ import types
 import pytest
 
 from textgen_jax import workdir
-from textgen_jax.tools import inspect_samples
+from textgen_jax.tools import evaluate, inspect_samples
 
 COPIED = 'Now is the winter of our discontent made glorious summer by this sun of York'
 
@@ -76,6 +76,7 @@ def test_a_run_is_drawn_from_at_each_temperature(files, capsys, monkeypatch):
 
   trained = types.SimpleNamespace(experiment=types.SimpleNamespace(data='the data'))
   monkeypatch.setattr(workdir, 'load', lambda path, checkpoint: trained)
+  monkeypatch.setattr(evaluate, 'own_text', lambda trained: None)
   monkeypatch.setattr(inspect_samples, 'draw', draw)
   monkeypatch.setattr(inspect_samples, 'read_split', lambda config, split: [(split, prose(split, 500))])
   flags = ['--temperature=0.5', '--temperature=1', '--num_samples=3', '--seed=7', '--prompt=x']
@@ -110,7 +111,7 @@ def test_without_matplotlib_the_rest_is_written(files, capsys, monkeypatch):
   [
     ([], '--workdir is missing'),
     (['--samples=samples.jsonl'], '--workdir is missing'),
-    (['--samples=samples.jsonl', '--train=none.txt'], "train='none.txt': No such file"),
+    (['--samples=samples.jsonl', '--train=none.txt'], "train='none.txt' can't be read: No such file"),
     (['--samples=bad.jsonl', '--train=one.txt'], "samples='bad.jsonl', line 2"),
     (['--samples=samples.jsonl', '--train=blank.txt'], 'train holds no words'),
     (['--samples=samples.jsonl', '--train=latin.txt'], "train='latin.txt' isn't UTF-8 at byte 1"),

@@ -62,6 +62,8 @@ def parse_mixture(mixture: str) -> list[tuple[str, float]]:
     if not (name and 0 < parts[-1][1] < float('inf')):
       raise errors.UserError(f"data.mixture={mixture!r}: {part!r} is not NAME:WEIGHT with a weight above 0, such as 'shakespeare:3'")
   total = sum(weight for _, weight in parts)
+  if total == float('inf'):
+    raise errors.UserError(f'data.mixture={mixture!r}: the weights add up to more than a number can hold')
   return [(name, weight / total) for name, weight in parts]
 
 

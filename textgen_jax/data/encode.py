@@ -197,16 +197,15 @@ def serve() -> None:
   """A worker's life."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
   receive, send = sys.stdin.buffer, sys.stdout.buffer
-  tokenizer = pickle.load(receive)
-  while True:
-    try:
+  # Where the parent has ended, so does this, without a word.
+  with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
+    tokenizer = pickle.load(receive)
+    while True:
       job = pickle.load(receive)
-    except EOFError:
-      return
-    try:
-      result: Any = [encode(tokenizer, piece) for piece in job]
-    except errors.RunError as error:
-      result = error
-    pickle.dump(result, send, protocol=5)
-    send.flush()
-
+      try:
+        result: Any = [encode(tokenizer, piece) for piece in job]
+      except errors.RunError as error:
+        result = error
+      pickle.dump(result, send, protocol=5)
+      send.flush()
+  os._exit(0)  # what is left in the buffer has no reader

@@ -55,7 +55,7 @@ def open_files(path: str, field: str, val_fraction: float) -> documents.Corpus:
         sizes.append(characters)
       counts.append(len(sizes) - before)
       bar.update(stamp[0])
-  if sum(sizes) < 2:
+  if sum(sizes) < 2 and val_fraction < 1:
     raise errors.UserError(f'data.path={path} holds less than 2 characters: nothing to train on')
   first_val, cut = _first_held_out(sizes, val_fraction), cut_place(sizes[0], val_fraction)
 
@@ -124,7 +124,7 @@ def _unchanged(path: str, field: str, stamp: tuple[int, int, int]) -> Iterator[t
 def _documents(path: str, field: str) -> Iterator[tuple[str, Iterator[str]]]:
   """Names and texts of a file's documents; a text comes in blocks, none of them empty."""
   with _reading(path), _open(path) as file:
-    if not path.removesuffix('.gz').removesuffix('.zst').endswith('.jsonl'):
+    if not path.lower().removesuffix('.gz').removesuffix('.zst').endswith('.jsonl'):
       yield path, _text(path, file)
       return
     number = 0
@@ -149,10 +149,10 @@ def _reading(path: str) -> Iterator[None]:
 def _open(path: str) -> Iterator[BinaryIO]:
   if not stat.S_ISREG(os.stat(path).st_mode):
     raise errors.UserError(f'data.path: {path} is not a regular file')
-  if path.endswith('.gz'):
+  if path.lower().endswith('.gz'):
     with gzip.open(path) as file:
       yield file  # type: ignore[misc]
-  elif path.endswith('.zst'):
+  elif path.lower().endswith('.zst'):
     with open(path, 'rb') as packed, io.BufferedReader(_Unpacked(packed), BLOCK_BYTES) as file:
       yield file
   else:
@@ -244,27 +244,25 @@ def _check_text(where: str, text: str, offset: int) -> None:
 
 
 def exists(path: str) -> bool:
-  """Whether it names any file."""
-  try:
-    return bool(_find_files(path))
-  except errors.UserError:
-    return False
+  """Whether `data.path` could be this."""
+  return any(os.path.exists(os.path.expanduser(part)) or glob.has_magic(part) for part in (path, *path.split(',')))
 
 
 def _find_files(path: str) -> list[str]:
   """Files that data.path names, sorted, each once. What exists as written is taken so, even with a comma or a star in its name."""
   parts = [path] if os.path.exists(os.path.expanduser(path)) else [part.strip() for part in path.split(',')]
-  found = set()
+  found: dict[str, str] = {}  # by the real path: one text in train and in val would make val worthless
   for part in filter(None, parts):
     part = os.path.expanduser(part)
     names = [part] if os.path.exists(part) else glob.glob(part, recursive=True)
     if not names:
       raise errors.UserError(f"data.path={path}: {part} doesn't exist" + (' and matches nothing' if glob.has_magic(part) else ''))
-    for name in names:
-      found.update(_walk(name) if os.path.isdir(name) else [name])
+    for name in sorted(names, key=len):
+      for file in _walk(name) if os.path.isdir(name) else [name]:
+        found.setdefault(os.path.realpath(file), file)
   if not found:
     raise errors.UserError(f'data.path={path} holds no files')
-  return sorted(found)
+  return sorted(found.values())
 
 
 def _walk(directory: str) -> list[str]:

@@ -23,6 +23,7 @@ from textgen_jax.text import base, build
 
 FORMAT = 2  # counts changes to the files below or to how documents are joined
 JOURNAL = 'journal.json'
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, errors.UserError)  # what reading such a file raises
 JOURNAL_JOBS = 16  # jobs between two notes of how far it has come: what is done again after a kill
 PARALLEL_CHARACTERS = 1 << 24  # less is encoded before a worker has started
 
@@ -76,6 +77,16 @@ def prepare(data: corpora.DataConfig, tokenizer: base.TokenizerConfig) -> Prepar
   return _read_back(prepared, directory)
 
 
+def _is_alive(pid: int) -> bool:
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    pass
+  return True
+
+
 def _read_back(prepared: PreparedData | None, directory: pathlib.Path) -> PreparedData:
   if prepared is None:
     raise errors.MachineFailed(f"{directory} was written and can't be read back: check the disk")
@@ -87,8 +98,10 @@ def tokenized(corpus: documents.Corpus, tokenizer: base.Tokenizer) -> Iterator[P
   """A corpus in a tokenizer's ids, on disk until the context ends."""
   cache = downloads.cache_directory()
   with downloads.locked(cache / 'tokenized.lock'):
-    pass  # the cache can be written
-  with tempfile.TemporaryDirectory(dir=cache, prefix='tokenized_') as folder:
+    for left in cache.glob('tokenized_*_*'):  # by a process that was killed
+      if not _is_alive(int(left.name.split('_')[1])):
+        shutil.rmtree(left, ignore_errors=True)
+  with tempfile.TemporaryDirectory(dir=cache, prefix=f'tokenized_{os.getpid()}_') as folder:
     directory = pathlib.Path(folder, 'tokens')
     with _whole_or_nothing(directory):
       _write(directory, [(corpus, 1.0)], False, lambda: tokenizer, {'format': FORMAT, 'corpus': corpus.name})
@@ -106,7 +119,7 @@ def _whole_or_nothing(directory: pathlib.Path) -> Iterator[None]:
     raise errors.MachineFailed(f"can't write {directory}: {error.strerror}; TEXTGEN_JAX_CACHE sets another place") from error
   except encode.WorkerDied:  # as when memory was short: it can be gone on with
     raise
-  except errors.RunError:
+  except Exception:
     shutil.rmtree(directory, ignore_errors=True)
     raise
 
@@ -114,10 +127,8 @@ def _whole_or_nothing(directory: pathlib.Path) -> Iterator[None]:
 def _tokenizer_key(config: base.TokenizerConfig) -> dict[str, Any]:
   fields = dataclasses.asdict(config)
   if config.model_path:  # what it holds decides, not where it lies
-    try:
-      fields['model_path'] = hashlib.sha256(pathlib.Path(config.model_path).read_bytes()).hexdigest()
-    except OSError as error:
-      raise errors.UserError(f"tokenizer.model_path={config.model_path!r} can't be read: {error.strerror}") from error
+    content = base.read_bounded(config.model_path, base.MAX_FILE_BYTES, 'tokenizer.model_path')
+    fields['model_path'] = hashlib.sha256(content).hexdigest()
   return fields
 
 
@@ -143,26 +154,31 @@ def _open(directory: pathlib.Path, name: str) -> PreparedData | None:
     tokenizer = build.load(directory / 'tokenizer')
     if tokenizer.fingerprint() != description['tokenizer']:
       return None
-    splits = {split: _open_split(directory, split, about) for split, about in description['splits'].items()}
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, errors.UserError):
+    dtype = encode.id_type(tokenizer.vocab_size)
+    splits = {split: _open_split(directory, split, about, dtype) for split, about in description['splits'].items()}
+    hashes = {split: {**about['sha256'], 'ranges': about['ranges']} for split, about in description['splits'].items()}
+    for one in hashes.values():
+      del one['names']
+    if 'val' not in splits:
+      return None
+  except DAMAGED:
     return None
   # Two paths may hold the same text: the name is the caller's.
   description['corpus'] = name
-  hashes = {split: {**about['sha256'], 'ranges': about['ranges']} for split, about in description['splits'].items()}
-  for one in hashes.values():
-    del one['names']
   fingerprint = hashlib.sha256(json.dumps([FORMAT, description['tokenizer'], hashes], sort_keys=True).encode()).hexdigest()
   return PreparedData(tokenizer, splits, description, fingerprint, directory)
 
 
-def _open_split(directory: pathlib.Path, split: str, about: dict[str, Any]) -> tokens.Split:
-  """Raises ValueError where a file isn't what was written."""
+def _open_split(directory: pathlib.Path, split: str, about: dict[str, Any], dtype: np.dtype) -> tokens.Split:
+  """Raises one of DAMAGED where a file isn't what was written."""
+  if about['dtype'] != dtype.name or not {'bin', 'documents', 'names'} <= set(about['sha256']):
+    raise ValueError(f'{split}: dtype or sha256')
   if _sha256_of(about['ranges']) != about['ranges_sha256']:
     raise ValueError(f'{split}: ranges')
   for suffix, sha256 in about['sha256'].items():
     if downloads.file_sha256(directory / f'{split}.{suffix}') != sha256:
       raise ValueError(f'{split}.{suffix}')
-  ids = np.memmap(directory / f'{split}.bin', about['dtype'], 'r')
+  ids = np.memmap(directory / f'{split}.bin', dtype, 'r')
   records = np.fromfile(directory / f'{split}.documents', tokens.DOCUMENT)
   is_reply = np.memmap(directory / f'{split}.replies', np.bool_, 'r') if 'replies' in about['sha256'] else None
   if len(ids) != about['tokens'] or len(records) != about['documents']:
@@ -241,17 +257,20 @@ class _Journal:
     self.splits: dict[str, dict[str, Any]] = {}
     try:
       stored = json.loads(self.path.read_bytes())
+      if stored.pop('sha256') != _sha256_of(stored):
+        raise ValueError(self.path)
       whole = build.load(directory / 'tokenizer').fingerprint() == stored['tokenizer']
       for split, about in stored['splits'].items():  # a file that lost its end, as after a power cut, would be filled up with zeros
         whole &= all((directory / f'{split}.{suffix}').stat().st_size >= size for suffix, size in about['sizes'].items())
       if whole:
         self.tokenizer, self.splits = stored['tokenizer'], stored['splits']
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, errors.UserError):
+    except DAMAGED:
       pass  # it begins anew
 
   def write(self) -> None:
     temporary = self.path.with_suffix('.tmp')
-    temporary.write_text(json.dumps({'tokenizer': self.tokenizer, 'splits': self.splits}), encoding='utf-8')
+    content = {'tokenizer': self.tokenizer, 'splits': self.splits}
+    temporary.write_text(json.dumps({**content, 'sha256': _sha256_of(content)}), encoding='utf-8')
     os.replace(temporary, self.path)
 
 

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from textgen_jax import errors
 from textgen_jax.models import base
 from textgen_jax.sampling import sampler as sampler_lib
 from textgen_jax.sampling.params import SamplingParams
@@ -154,5 +155,8 @@ def find_stop(text: str, stop: Sequence[str]) -> int | None:
 
 def prompt_ids(tokenizer: text_base.Tokenizer, prompt: str, begins_document: bool = False) -> list[int]:
   """The prompt's ids; an empty prompt is what stands before a document."""
-  ids = [int(i) for i in tokenizer.encode(prompt)]
+  try:
+    ids = [int(i) for i in tokenizer.encode(prompt)]
+  except errors.UserError as error:
+    raise errors.UserError(f'prompt {prompt!r:.60}: {error}') from error
   return [tokenizer.special_ids['end_of_text'], *ids] if begins_document or not ids else ids

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import stat
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -82,6 +83,20 @@ def check_ids(ids: Sequence[int] | np.ndarray, vocab_size: int) -> np.ndarray:
   if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
     raise errors.UserError(f'token ids span [{ids.min()}, {ids.max()}], outside the vocabulary [0, {vocab_size})')
   return ids
+
+
+def read_bounded(path: str | os.PathLike, max_bytes: int, field: str) -> bytes:
+  """A regular file's content. Raises UserError, which begins with `field` and the path, for what can't be read or is larger."""
+  try:
+    with open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # a pipe without a writer would wait
+      if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        raise errors.UserError(f'{field}={str(path)!r} is not a regular file')
+      data = file.read(max_bytes + 1)
+  except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+    raise errors.UserError(f"{field}={str(path)!r} can't be read: {getattr(error, 'strerror', None) or error}") from error
+  if len(data) > max_bytes:
+    raise errors.UserError(f'{field}={str(path)!r} is too large: it has more than {max_bytes} bytes')
+  return data
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

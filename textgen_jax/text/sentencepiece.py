@@ -96,13 +96,7 @@ class SentencePieceTokenizer:
   @classmethod
   def _read(cls, config: base.TokenizerConfig) -> 'SentencePieceTokenizer':
     field = f'tokenizer.model_path={config.model_path}'
-    try:
-      with open(config.model_path, 'rb') as file:
-        model = file.read(MAX_MODEL_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-      raise errors.UserError(f"{field} can't be read: {getattr(error, 'strerror', error)}") from error
-    if len(model) > MAX_MODEL_BYTES:
-      raise errors.UserError(f'{field} is too large for a SentencePiece model: it has more than {MAX_MODEL_BYTES} bytes')
+    model = base.read_bounded(config.model_path, MAX_MODEL_BYTES, 'tokenizer.model_path')
     try:
       tokenizer = cls(model)
     except errors.UserError as error:
@@ -355,7 +349,7 @@ def _learn(config: base.TokenizerConfig, lines: Iterator[str]) -> bytes:
         sentence_iterator=lines,
         model_writer=written,
         model_type=config.model_type,
-        vocab_size=vocab_size,
+        vocab_size=max(vocab_size, 100),          # less than 4 it refuses in its own terms, and 260 it refuses anyway
         hard_vocab_limit=config.vocab_size > 0,  # the default gives fewer where the text is small
         byte_fallback=True,
         character_coverage=0.9995,               # bytes spell the rarest characters, which would crowd out pieces

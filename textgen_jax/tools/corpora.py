@@ -28,7 +28,7 @@ def _main(argv: Sequence[str]) -> None:
   flags.DEFINE_bool('fetch', False, 'fetch what is not on this machine, and count it', flag_values=values)
   flags.DEFINE_string('show', None, 'a corpus to show documents of; fetches it', flag_values=values)
   flags.DEFINE_string('split', 'train', "of --show: whose documents; 'train', 'val' or 'test'", flag_values=values)
-  flags.DEFINE_integer('documents', 2, 'of --show: how many', lower_bound=1, flag_values=values)
+  flags.DEFINE_integer('documents', 2, 'of --show: how many', lower_bound=1, upper_bound=1 << 30, flag_values=values)
   if not command_line.parsed(values, argv, __doc__):
     return
   if values.show is None:

@@ -22,11 +22,13 @@ from absl import flags
 from textgen_jax import command_line, errors
 from textgen_jax.sampling import params
 from textgen_jax.statistics import copies, words
+from textgen_jax.text import base
 
 Documents = list[tuple[str, str]]  # names and texts
 
 DISTINCT = range(1, 5)
 LONGEST_NGRAM = 8
+MAX_TEXT_BYTES = 1 << 31  # what the index of copies can hold
 SHOWN_COPIES = 10
 SHOWN_CHARACTERS = 100
 
@@ -152,9 +154,7 @@ def read_texts(flag: str, paths: Sequence[str]) -> Documents:
   documents = []
   for path in paths:
     try:
-      documents.append((path, pathlib.Path(path).read_text(encoding='utf-8-sig')))
-    except OSError as error:
-      raise errors.UserError(f'{flag}={path!r}: {error.strerror}') from error
+      documents.append((path, base.read_bounded(path, MAX_TEXT_BYTES, flag).decode('utf-8-sig').replace('\r\n', '\n')))
     except UnicodeDecodeError as error:
       raise errors.UserError(f"{flag}={path!r} isn't UTF-8 at byte {error.start}") from error
   return documents

@@ -83,9 +83,9 @@ def _read(trained: workdir.Trained, values: flags.FlagValues) -> Iterator[tuple[
 
 
 def _of_ids(tokenizer: base.Tokenizer, given: Sequence[str]) -> tokens.Split:
-  wrong = [one for one in given if not (one.strip().isdecimal() and int(one) < tokenizer.vocab_size)]
+  wrong = [one for one in given if not (one.strip().isdecimal() and len(one) < 20 and int(one) < tokenizer.vocab_size)]
   if wrong:
-    raise errors.UserError(f'tokens: {wrong[0]!r} is not an id in the vocabulary [0, {tokenizer.vocab_size})')
+    raise errors.UserError(f'tokens: {wrong[0]!r:.40} is not an id in the vocabulary [0, {tokenizer.vocab_size})')
   end = tokenizer.special_ids['end_of_text']
   ids = np.array([end, *map(int, given), end], np.int64)
   text = tokenizer.decode(ids)

@@ -42,12 +42,20 @@ def _main(argv: Sequence[str]) -> None:
   flags.DEFINE_string('model_path', default.model_path, 'of sentencepiece: a .model instead of training one', flag_values=values)
   flags.DEFINE_string('unknown_symbol', default.unknown_symbol, 'of char, as tokenizer.unknown_symbol', flag_values=values)
   flags.DEFINE_multi_string('text', [], 'a text to cut into tokens; may be repeated', flag_values=values)
-  flags.DEFINE_integer('longest', 5, 'how many of the longest tokens to show', flag_values=values)
+  flags.DEFINE_integer('longest', 5, 'how many of the longest tokens to show', lower_bound=0, flag_values=values)
   flags.DEFINE_string('save', None, 'a directory for tokenizer.json (one kind)', flag_values=values)
   if not command_line.parsed(values, argv, __doc__):
     return
   if sum(map(bool, (values.corpus, values.data, values.workdir))) != 1:
     raise errors.UserError('--corpus, --data or --workdir: give one of them')
+  if values.save and (len(values.kind) != 1 and not values.workdir):
+    raise errors.UserError(f'--save={values.save} takes one tokenizer: add one --kind, such as --kind=sentencepiece')
+  if values.save and os.path.exists(values.save) and not os.path.isdir(values.save):
+    raise errors.UserError(f'--save={values.save} is a file: name a directory')
+  kinds = values.kind or list(build.KINDS)
+  for name, readers in build.READ_BY.items():
+    if values[name].present and not set(kinds) & set(readers):
+      raise errors.UserError(f'--{name} is for --kind={" or ".join(readers)} only, not {", ".join(kinds)}')
   if values.workdir:
     if given := [f'--{name}' for name in ('kind', *build.READ_BY) if values[name].present]:
       raise errors.UserError(f'{given[0]} and --workdir: a trained model has its tokenizer already')
@@ -61,8 +69,6 @@ def _main(argv: Sequence[str]) -> None:
     for tokenizer in found:
       print(f'{tokenizer.kind}: {cut(tokenizer, text)}')
   if values.save:
-    if len(found) != 1:
-      raise errors.UserError(f'--save={values.save} takes one kind: add --kind={found[0].kind}, or another')
     found[0].save(values.save)
     print(f'{os.path.join(values.save, base.FILE_NAME)} is written', file=sys.stderr)
 
@@ -80,13 +86,12 @@ def compare(values: flags.FlagValues) -> list[base.Tokenizer]:
   print('  '.join(f'{name:>13}' for name in header))
   read = (document for corpus, _ in corpora.open_corpora(data) for document in corpus.read('val'))
   texts = list(itertools.islice((''.join(part.text for part in document.parts) for document in read), CHECKED_DOCUMENTS))
-  found = []
+  found, failures = [], []
   for config in configs:
     try:
       prepared = prepare.prepare(data, config)
     except errors.UserError as error:
-      if len(configs) == 1:
-        raise
+      failures.append(error)
       print(f'{config.kind:>13}  {error}', flush=True)
       continue
     val, tokenizer = prepared.splits['val'], prepared.tokenizer
@@ -99,6 +104,8 @@ def compare(values: flags.FlagValues) -> list[base.Tokenizer]:
     )  # fmt: skip
     print('  '.join(f'{cell:>13}' for cell in cells) + '  ' + '  '.join(longest(tokenizer, values.longest)), flush=True)
     found.append(tokenizer)
+  if not found:
+    raise failures[0]
   return found
 
 
