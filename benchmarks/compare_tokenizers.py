@@ -30,7 +30,7 @@ RUNS = (
   ('word', 'Transformer', 'shakespeare_word', []),
   ('sentencepiece', 'Transformer', 'shakespeare_sentencepiece', []),
   ('char', 'LSTM', 'shakespeare_lstm', []),
-  ('byte', 'LSTM', 'shakespeare_lstm', ['tokenizer.kind=byte', *UNTIED]),
+  ('byte', 'LSTM', 'shakespeare_lstm', ['tokenizer.kind=byte']),
   ('word', 'LSTM', 'shakespeare_word_lstm', []),
   ('sentencepiece', 'LSTM', 'shakespeare_lstm', ['tokenizer.kind=sentencepiece', 'tokenizer.vocab_size=2048', *UNTIED, 'model.dim=384']),
 )

@@ -23,6 +23,7 @@ class TrainingConfig:
   batch_size: int = 64  # rows over all devices
   sequence_length: int = 256  # tokens a row; the context that the model is trained on
   windows: str = 'random'  # random | contiguous (streams that carry a recurrent state from batch to batch)
+  reset_probability: float = 0.03  # contiguous windows only: that a row's state begins anew with a batch, as in generation
   mask_documents: bool = False  # no document sees what stands before it in its row: attention stops, carried states begin anew
   accumulation_steps: int = 1  # micro-batches that a batch is split into, by rows
   log_every_steps: int = 10
@@ -97,6 +98,8 @@ def _check_training(config: TrainingConfig) -> None:
     )
   if config.windows not in ('random', 'contiguous'):
     raise errors.not_among('training.windows', config.windows, ('random', 'contiguous'))
+  if not 0 <= config.reset_probability <= 1:
+    raise errors.UserError(f'training.reset_probability={config.reset_probability} is not in [0, 1]')
   for temperature in config.sample_temperatures:
     if not (math.isfinite(temperature) and temperature >= 0):
       raise errors.UserError(f'training.sample_temperatures has {temperature}, which is not a finite number of at least 0')

@@ -279,3 +279,15 @@ def test_evaluation_needs_something_to_predict_and_a_stride_that_leaves_nothing_
   for stride in (0, 5, -1):
     with pytest.raises(errors.UserError, match=rf'stride={stride} is not in \[1, 4\]'):
       windows.EvaluationRows(split(np.arange(9)), 4, stride)
+
+
+def test_rows_begin_anew_by_chance_which_the_step_decides():
+  data = split(np.arange(40_000, dtype=np.uint16))
+  never, often = windows.ContiguousStreams(data, 3, 8, 4), windows.ContiguousStreams(data, 3, 8, 4, None, 0.25)
+  begins = np.array([often.batch(step).starts_BT[:, 0] for step in range(1, 500)])
+  assert not np.any([never.batch(step).starts_BT for step in range(1, 500)])
+  assert abs(begins.mean() - 0.25) < 4 * (0.25 * 0.75 / begins.size) ** 0.5
+  assert np.abs(np.corrcoef(begins.T) - np.eye(8)).max() < 0.2  # rows apart
+  assert not often.batch(7).starts_BT[:, 1:].any()
+  assert_same([x for x in often.batch(7, slice(2, 5)) if x is not None], [x[2:5] for x in often.batch(7) if x is not None])
+  np.testing.assert_array_equal(often.batch(7).tokens_BT, never.batch(7).tokens_BT)

@@ -63,10 +63,15 @@ class ContiguousStreams:
     batch_size: B; at least as many as corpora.
     length: T; a corpus of B rows must have at least B * (2 * T + 1) tokens.
     end_of_text: this id's every place is a start, so that no document sees another; None: the state is carried from one to the next.
+    reset_probability: that a row begins a batch anew, drawn for each row and step. A prompt and a row that is scored begin with an
+      empty state; a model that had seen none but in its first batch scored whole rows of 8,192 bytes at 15 nats.
   """
 
-  def __init__(self, split: tokens.Split, seed: int, batch_size: int, length: int, end_of_text: int | None = None):
+  def __init__(
+      self, split: tokens.Split, seed: int, batch_size: int, length: int, end_of_text: int | None = None, reset_probability: float = 0.0
+  ):
     _check_sizes(batch_size, length)
+    self._reset_probability = reset_probability
     self._split, self._seed, self._length, self._end_of_text = split, seed, length, end_of_text
     self._rows = share_out(batch_size, [part.weight for part in split.ranges])
     for part, rows in zip(split.ranges, self._rows, strict=True):
@@ -88,7 +93,10 @@ class ContiguousStreams:
       offset = _generator(self._seed, epoch).integers(self._length, size=i + 1)[i] + epoch_step * self._length
       offsets.append(part.start + np.arange(count) * self._stream_tokens[i] + offset)
       begins.append(np.full(count, epoch_step == 0))
-    offsets_B, begins_B = np.concatenate(offsets)[rows], np.concatenate(begins)[rows]
+    offsets_B, begins_B = np.concatenate(offsets), np.concatenate(begins)
+    # Steps count from the other end than epochs, which have generators of their own.
+    begins_B |= _generator(self._seed, 2**64 - 1 - step).random(len(begins_B)) < self._reset_probability
+    offsets_B, begins_B = offsets_B[rows], begins_B[rows]
     starts_BT = np.zeros((len(offsets_B), self._length), bool)
     starts_BT[:, 0] = begins_B
     return _gather(self._split, offsets_B, self._length, starts_BT, self._end_of_text)
