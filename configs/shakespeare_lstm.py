@@ -20,7 +20,7 @@ def get_config() -> experiment.Experiment:
     model=lstm.LSTMConfig(dim=512, num_layers=1),
     optimizer=optimizer.OptimizerConfig(peak_lr=4e-3, final_lr=1e-4, warmup_steps=50, b2=0.99, weight_decay=0.0),
     training=experiment.TrainingConfig(
-      num_steps=600,
+      num_steps=610,
       batch_size=32,
       sequence_length=64,
       windows='contiguous',
