@@ -3,7 +3,7 @@
   python train.py --config=configs/dialogue.py --workdir=runs/dialogue
   python sample.py --workdir=runs/dialogue --prompt=$'USER:\\nWhat is your name?\\n\\nBOT:\\n' --temperature=0.5
 
-SCORE
+Cost: about four minutes on two CPU cores. Score: 4.005 nats a token, 2.312 bits per byte of the val split's replies.
 """
 
 from textgen_jax import experiment

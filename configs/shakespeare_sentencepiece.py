@@ -2,7 +2,7 @@
 
   python train.py --config=configs/shakespeare_sentencepiece.py --workdir=runs/shakespeare_sentencepiece
 
-SCORE
+Cost: about five minutes on two CPU cores. Score: 3.807 nats a token, 2.083 bits per byte on the whole val split.
 """
 
 from textgen_jax import experiment

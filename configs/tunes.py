@@ -3,7 +3,7 @@
   python train.py --config=configs/tunes.py --workdir=runs/tunes
   python sample.py --workdir=runs/tunes --max_new_tokens=600 --temperature=0.8
 
-SCORE
+Cost: about six minutes on two CPU cores. Score: 1.232 nats, 1.783 bits per byte on the whole val split. MUSIC
 """
 
 from textgen_jax import experiment
