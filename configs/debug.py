@@ -2,7 +2,7 @@
 
   python train.py --config=configs/debug.py --workdir=runs/debug
 
-Cost: about ten seconds on two CPU cores. Score: 2.945 nats on the whole val split, after 100 steps.
+Cost: about ten seconds on two CPU cores. Score: 2.883 nats on the whole val split, after 100 steps.
 """
 
 from textgen_jax import experiment

@@ -2,7 +2,7 @@
 
   python train.py --config=configs/python_code.py --workdir=runs/python_code
 
-Cost: about three minutes on two CPU cores. Score: 1.231 nats, 1.776 bits per byte on the
+Cost: about three minutes on two CPU cores. Score: 1.234 nats, 1.781 bits per byte on the
 whole val split (30 files of Python 3.11.7's library; another version's differ).
 """
 

@@ -2,7 +2,8 @@
 
   python train.py --config=configs/shakespeare_word_lstm.py --workdir=runs/shakespeare_word_lstm
 
-SCORE
+Cost: about three minutes on two CPU cores. Score: 4.359 nats a token, 2.797 bits per byte on the whole val split, of which
+1.13 are the spelling of unknown words, names above all. The output table is its own: tied, it came to 5.887 nats.
 """
 
 from textgen_jax import experiment
