@@ -3,12 +3,14 @@
   pip install -e '.[bench]'
   python benchmarks/music_validity.py --workdir=runs/tunes --num_samples=200 --temperature=0.8
 
-A text is valid where music21 parses it as ABC without an exception, it has the five headers, and at least eight notes. Of the
+A text is valid where music21 parses it as ABC without an exception or a warning, it has the five headers, and at least eight notes. Of the
 valid ones' measures (the first and last aside, which may be cut short) the share that lasts as long as the metre says is given too.
 """
 
 import argparse
 import collections
+import contextlib
+import io
 
 import music21
 
@@ -55,13 +57,17 @@ def judge(tune: str) -> tuple[str, int, int]:
   missing = [header for header in HEADERS if not any(line.startswith(header) for line in tune.splitlines())]
   if missing:
     return f'no {missing[0]}', 0, 0
+  told = io.StringIO()
   try:
-    score = music21.converter.parse(tune, format='abc')
+    with contextlib.redirect_stderr(told):
+      score = music21.converter.parse(tune, format='abc')
     notes = len(score.recurse().notes)
     measures = [m for part in score.parts for m in list(part.getElementsByClass('Measure'))[1:-1]]
     right = sum(m.duration.quarterLength == m.barDuration.quarterLength for m in measures)
   except Exception as error:  # music21 raises its own and Python's
     return type(error).__name__, 0, 0
+  if told.getvalue():  # it goes on with another note in place of the one that it couldn't read
+    return 'a note that is none', 0, 0
   return ('', right, len(measures)) if notes >= 8 else ('less than 8 notes', 0, 0)
 
 
