@@ -19,6 +19,15 @@ def test_decode_inverts_encode(text):
   assert tokenizer.decode(ids) == text
 
 
+def test_decode_inverts_encode_on_random_strings():
+  tokenizer = byte.ByteTokenizer()
+  generator = np.random.default_rng(0)
+  for size in generator.integers(0, 30, 10_000):
+    points = np.where(generator.random(size) < 0.5, generator.integers(0x3000, size=size), generator.integers(0x110000, size=size))
+    text = ''.join(chr(point) for point in points if not 0xD800 <= point < 0xE000)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_bytes_that_are_no_utf8_come_back_from_an_argument():
   argument = b'a\xff\xc3'.decode('utf-8', 'surrogateescape')
   assert byte.ByteTokenizer().encode(argument).tolist() == [0x61, 0xFF, 0xC3]

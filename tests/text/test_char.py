@@ -31,6 +31,15 @@ def test_the_end_of_a_text_has_an_id_of_its_own_and_is_nothing_to_read(symbol):
   assert end not in tokenizer.encode('a\nb')
 
 
+def test_decode_inverts_encode_on_random_strings_of_its_alphabet():
+  generator = np.random.default_rng(0)
+  alphabet = np.array(list('aé€😀\n\t\u2581\ufeff \0xyz'))
+  tokenizer = build.train(base.TokenizerConfig(kind='char'), [''.join(alphabet)])
+  for size in generator.integers(0, 30, 10_000):
+    text = ''.join(generator.choice(alphabet, size))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_unknowns_are_the_characters_that_become_the_symbol():
   tokenizer = train('abc?', unknown_symbol='?')
   assert tokenizer.unknowns('a?z\u00e9zb') == ['z', '\u00e9', 'z']  # the symbol that the text holds is known
