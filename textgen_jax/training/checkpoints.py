@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from textgen_jax import errors
 from textgen_jax.training import state
 
-FORMAT = 1
+FORMAT = 2  # counts changes to what a checkpoint holds
 
 
 def _score(metrics: dict[str, float] | None) -> float:
