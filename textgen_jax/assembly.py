@@ -9,7 +9,6 @@ from textgen_jax import errors, sharding, workdir
 from textgen_jax import experiment as experiment_lib
 from textgen_jax.data import prepare, tokens, windows
 from textgen_jax.models import build
-from textgen_jax.sampling import generate
 from textgen_jax.training import optimizer, state, step
 
 
@@ -70,13 +69,13 @@ class Parts:
     is_reply = prepared.splits['train'].is_reply
     if is_reply is not None and is_reply[1:].all():
       raise errors.UserError(f'data.loss_on_replies=True: {prepared.description["corpus"]} marks nothing as what is answered')
-    self.val_prefix = tokens.prefix(self.val, c.eval_max_tokens or len(self.val.tokens))
-    if self.val.documents['tokens'].sum() and not self.val_prefix.documents['tokens'].sum():
-      raise errors.UserError(f'training.eval_max_tokens={c.eval_max_tokens} tokens of val hold no reply to score: take more, or 0 for all')
     if not self.val.documents['tokens'].sum():
       raise errors.UserError('the val split has no token to score: data.val_fraction leaves too little, or data.loss_on_replies no reply')
+    self.val_prefix = tokens.prefix(self.val, c.eval_max_tokens or len(self.val.tokens))
+    if not self.val_prefix.documents['tokens'].sum():
+      raise errors.UserError(f'training.eval_max_tokens={c.eval_max_tokens} tokens of val hold no reply to score: take more, or 0 for all')
     try:
-      generate.prompt_ids(self.tokenizer, c.sample_prompt)
+      self.tokenizer.encode(c.sample_prompt)
     except errors.UserError as error:
       raise errors.UserError(f'training.sample_prompt={c.sample_prompt!r}: {error}') from error
     self.fingerprint = prepared.fingerprint

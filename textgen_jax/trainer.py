@@ -17,7 +17,7 @@ import jax
 
 from textgen_jax import assembly, errors, signals, trees, workdir
 from textgen_jax import experiment as experiment_lib
-from textgen_jax.data import prefetch
+from textgen_jax.data import prefetch, tokens
 from textgen_jax.models import base
 from textgen_jax.sampling import generate
 from textgen_jax.sampling.params import SamplingParams
@@ -80,7 +80,7 @@ class _Trainer:
   def finish(self, train_state: state.TrainState) -> evaluate.Score:
     """The whole val split's score."""
     if self.final_score is None:
-      self.final_score = self.score_val(train_state.params, whole=True)
+      self.final_score = self.score_val(train_state.params, self.parts.val)
       self.report(max(self.first, self.config.num_steps), self.final_score, write=self.first < self.config.num_steps)
     return self.final_score
 
@@ -190,7 +190,7 @@ class _Trainer:
     # Also when a signal has come: a run that was stopped here must not lack this score for ever.
     evaluated = last or (c.eval_every_steps > 0 and done % c.eval_every_steps == 0)
     if evaluated:
-      score = self.score_val(train_state.params, whole=False)
+      score = self.score_val(train_state.params, self.parts.val_prefix)
       val_loss = score.loss_nats
       self.report(done, score)
       self.final_score = score if last and self.is_whole(score) else None
@@ -227,13 +227,13 @@ class _Trainer:
     self.bar.log(done, values['loss'], tokens_per_s, mfu)
     self.logged_at, self.logged_step, self.skipped = now, done, skipped
 
-  def score_val(self, params: Any, whole: bool) -> evaluate.Score:
-    """The val split's score: whole, or over the beginning that `training.eval_max_tokens` names."""
+  def score_val(self, params: Any, split: tokens.Split) -> evaluate.Score:
+    """The score of the val split, or of its beginning."""
     c, parts = self.config, self.parts
     return evaluate.evaluate(
       parts.free_model,
       params,
-      parts.val if whole else parts.val_prefix,
+      split,
       evaluate.Reading(length=c.sequence_length, carried=c.windows == 'contiguous', end_of_text=parts.end_of_text),
       standardizes=parts.tokenizer.standardizes,
       batch_size=-(-c.eval_batch_size // parts.row_ways) * parts.row_ways,

@@ -78,7 +78,7 @@ def test_a_run_is_drawn_from_at_each_temperature(files, capsys, monkeypatch):
   monkeypatch.setattr(workdir, 'load', lambda path, checkpoint: trained)
   monkeypatch.setattr(evaluate, 'own_text', lambda trained: None)
   monkeypatch.setattr(inspect_samples, 'draw', draw)
-  monkeypatch.setattr(inspect_samples, 'read_split', lambda config, split: [(split, prose(split, 500))])
+  monkeypatch.setattr(inspect_samples, 'read_splits', lambda config: ([('train', prose('train', 500))], [('val', prose('val', 500))]))
   flags = ['--temperature=0.5', '--temperature=1', '--num_samples=3', '--seed=7', '--prompt=x']
   assert run(f'--workdir={files}', *flags) == 0
   assert calls == [('the data', 'x', [(0.5, 3, 7), (1.0, 3, 7)])]

@@ -135,16 +135,8 @@ def _tokenizer_key(config: base.TokenizerConfig) -> dict[str, Any]:
 def _training_texts(opened: list[documents.Corpus]) -> Iterator[str]:
   """The training split's text, in parts that end with a line where there are lines."""
   for corpus in opened:
-    for document in corpus.read('train'):
-      held = ''
-      for part in document.parts:
-        held += part.text
-        end = held.rfind('\n') + 1
-        if len(held) >= encode.JOB_CHARACTERS and end:
-          yield held[:end]
-          held = held[end:]
-      if held:
-        yield held
+    for piece in encode.pieces(corpus.read('train'), lambda text: text.rfind('\n') + 1):
+      yield piece.text
 
 
 def _open(directory: pathlib.Path, name: str) -> PreparedData | None:
@@ -357,7 +349,7 @@ class _SplitWriter:
       state['documents'] += 1
 
   def _append(self, ids: np.ndarray, is_reply: bool) -> None:
-    self._files['bin'].write(ids.astype(self._dtype).tobytes())
+    self._files['bin'].write(ids.tobytes())  # of the type that `encode` gives
     if self._only_replies:
       self._files['replies'].write(np.full(len(ids), is_reply, np.bool_).tobytes())
     self._state['tokens'] += len(ids)

@@ -4,21 +4,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-# One record a document. `tokens` are those to be predicted: all after the document's first token, which is `end_of_text`, and the
-# `end_of_text` that closes it. The other measures are of the text that those tokens stand for.
-DOCUMENT = np.dtype(
-  [
-    ('start', '<i8'),  # place of its first token
-    ('tokens', '<i8'),
-    ('bytes', '<i8'),  # UTF-8
-    ('characters', '<i8'),
-    ('words', '<i8'),  # set apart by white space
-    ('unknowns', '<i8'),  # pieces that have no id
-    ('unknown_bytes', '<i8'),  # UTF-8 bytes of those pieces
-  ]
+MEASURES = (
+  'bytes',  # UTF-8
+  'characters',
+  'words',  # set apart by white space
+  'unknowns',  # pieces that have no id
+  'unknown_bytes',  # UTF-8 bytes of those pieces
 )
 
-MEASURES = ('bytes', 'characters', 'words', 'unknowns', 'unknown_bytes')
+# One record a document. `start` is the place of its first token, which is `end_of_text`; `tokens` are those to be predicted: all
+# after it, and the `end_of_text` that closes the document. The measures are of the text that those tokens stand for.
+DOCUMENT = np.dtype([(name, '<i8') for name in ('start', 'tokens', *MEASURES)])
 
 
 class Range(NamedTuple):

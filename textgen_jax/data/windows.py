@@ -144,10 +144,11 @@ class EvaluationRows:
     rows_B = np.arange(first, stop)
     places_BT = rows_B[:, None] * self._stride + np.arange(length + 1)
     inside_BT = (places_BT < len(split.tokens)) & (rows_B < self.num_rows)[:, None]
-    read_BT = np.where(inside_BT, split.tokens[np.where(inside_BT, places_BT, 0)], 0).astype(np.int32)
+    known_BT = np.where(inside_BT, places_BT, 0)
+    read_BT = np.where(inside_BT, split.tokens[known_BT], 0).astype(np.int32)
     counts_BT = inside_BT[:, 1:] & ((rows_B == 0)[:, None] | (np.arange(length) >= length - self._stride))
     if split.is_reply is not None:
-      counts_BT &= split.is_reply[np.where(inside_BT, places_BT, 0)[:, 1:]]
+      counts_BT &= split.is_reply[known_BT[:, 1:]]
     starts_BT = None if self._end_of_text is None else (read_BT[:, :-1] == self._end_of_text) & inside_BT[:, :-1]
     return Batch(read_BT[:, :-1], read_BT[:, 1:], counts_BT.astype(np.float32), starts_BT), places_BT[:, 1:]
 

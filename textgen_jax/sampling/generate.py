@@ -51,7 +51,8 @@ def generate(
   """
   each = [settings] * len(prompts) if isinstance(settings, SamplingParams) else settings
   owners = [(p, one, s) for p, one in zip(prompts, each, strict=True) for s in range(one.num_samples)]
-  ids = [prompt_ids(tokenizer, prompt, one.begins_document) for prompt, one, _ in owners]
+  encoded = [prompt_ids(tokenizer, prompt, one.begins_document) for prompt, one in zip(prompts, each, strict=True)]
+  ids = [prompt for prompt, one in zip(encoded, each, strict=True) for _ in range(one.num_samples)]
   texts = [_Text(tokenizer, prompt, one) for prompt, (_, one, _) in zip(ids, owners, strict=True)]
   sampler = _sampler(model, params, tokenizer, ids, [one for _, one, _ in owners], [s for _, _, s in owners])
   for drawn in sampler:

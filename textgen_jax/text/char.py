@@ -46,9 +46,9 @@ class CharTokenizer:
     characters = ''.join(sorted(found))
     if not characters:
       raise errors.UserError('tokenizer.kind=char needs a training text of at least 1 character')
-    surrogate = _first_surrogate(characters)
-    if surrogate:
-      raise errors.UserError(f'the training text holds {surrogate!r}, half a surrogate pair, which is not text')
+    surrogate = base.first_surrogate(characters)
+    if surrogate >= 0:
+      raise errors.UserError(f'the training text holds {characters[surrogate]!r}, half a surrogate pair, which is not text')
     return cls(characters, config.unknown_symbol)
 
   @classmethod
@@ -60,8 +60,9 @@ class CharTokenizer:
       raise errors.UserError(f'{path}: characters must be at least one, distinct and in order of code point')
     if len(symbol) > 1:
       raise errors.UserError(f'{path}: unknown_symbol={symbol!r:.60} must be empty or one character')
-    if _first_surrogate(characters + symbol):
-      raise errors.UserError(f'{path}: {_first_surrogate(characters + symbol)!r} is half a surrogate pair, not a character')
+    surrogate = base.first_surrogate(characters + symbol)
+    if surrogate >= 0:
+      raise errors.UserError(f'{path}: {(characters + symbol)[surrogate]!r} is half a surrogate pair, not a character')
     return cls(characters, symbol)
 
   def encode(self, text: str) -> np.ndarray:
@@ -123,7 +124,3 @@ class _CharDecoder:
 def _code_points(text: str) -> np.ndarray:
   # Lone surrogates (bytes of an argument that weren't UTF-8) pass, and turn out to be unknown characters.
   return np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), '<u4')
-
-
-def _first_surrogate(text: str) -> str:
-  return next((character for character in text if '\ud800' <= character <= '\udfff'), '')

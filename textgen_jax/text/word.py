@@ -232,7 +232,7 @@ def _spaced_piece() -> re.Pattern:
 def _is_piece(word: str) -> bool:
   # Not fullmatch, which tries every way to share out the marks of what doesn't match.
   match = _piece().match(word)
-  return match is not None and match.end() == len(word) and word != '\n' and _first_surrogate(word) < 0
+  return match is not None and match.end() == len(word) and word != '\n' and base.first_surrogate(word) < 0
 
 
 def _split(text: str, standardize: bool) -> tuple[list[str], int]:
@@ -294,15 +294,6 @@ def _check_size(vocab_size: int, num_words: int, num_special: int) -> None:
 
 
 def _check_text(text: str, what: str) -> None:
-  offset = _first_surrogate(text)
+  offset = base.first_surrogate(text)
   if offset >= 0:
     raise errors.UserError(f'{what} {text[offset]!r} at offset {offset} is half a surrogate pair, not text')
-
-
-def _first_surrogate(text: str) -> int:
-  """Where the first lone surrogate is; -1: nowhere."""
-  try:
-    text.encode('utf-8')  # 6 times faster than a search
-  except UnicodeEncodeError as error:
-    return error.start
-  return -1

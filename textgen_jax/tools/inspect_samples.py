@@ -114,8 +114,8 @@ def _main(argv: Sequence[str]) -> None:
       samples = draw(trained, values.prompt, each)
     if not values.train:
       evaluate.own_text(trained)
-      train = read_split(trained.experiment.data, 'train')
-      val = val or read_split(trained.experiment.data, 'val')
+      train, held_out = read_splits(trained.experiment.data)
+      val = val or held_out
   columns = compare(samples, train, val, values.at_least)
   print(_printable('\n'.join([*table(columns, values.at_least), '', *list_copies(columns)])))
   output = values.output or (values.workdir and os.path.join(values.workdir, 'statistics'))
@@ -137,16 +137,20 @@ def draw(trained: Any, prompt: str, each: dict[str, params.SamplingParams]) -> d
   }
 
 
-def read_split(config: Any, split: str) -> Documents:
-  """A split of all corpora of a run's `data`; none where no corpus has it."""
+def read_splits(config: Any) -> tuple[Documents, Documents]:
+  """Train and val of all corpora of a run's `data`."""
   from textgen_jax.data import corpora
 
-  found = [corpus for corpus, _ in corpora.open_corpora(config) if split in corpus.splits]
-  return [
-    (f'{corpus.name}/{document.name}' if len(found) > 1 else document.name, ''.join(part.text for part in document.parts))
-    for corpus in found
-    for document in corpus.read(split)
-  ]
+  opened = [corpus for corpus, _ in corpora.open_corpora(config)]  # once: own files are read through
+  train, val = (
+    [
+      (f'{corpus.name}/{document.name}' if len(opened) > 1 else document.name, ''.join(part.text for part in document.parts))
+      for corpus in opened
+      for document in corpus.read(split)
+    ]
+    for split in ('train', 'val')
+  )
+  return train, val
 
 
 def read_texts(flag: str, paths: Sequence[str]) -> Documents:
