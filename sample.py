@@ -6,10 +6,13 @@ Results go to stdout (or --output), diagnostics to stderr. Equal flags give equa
 """
 
 import dataclasses
+import inspect
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -26,7 +29,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _define_flags() -> flags.FlagValues:
   values = flags.FlagValues()
-  defaults = params.SamplingParams()
   command_line.define_model_flags(values)
   text = {
     'prompts_file': (None, 'prompts from a file: .txt, a line each, or .jsonl, {"prompt": ...} each'),
@@ -35,27 +37,20 @@ def _define_flags() -> flags.FlagValues:
   }
   for name, (default, help_text) in text.items():
     flags.DEFINE_string(name, default, help_text, flag_values=values)
-  integers = {
-    'num_samples': (defaults.num_samples, 'of each prompt'),
-    'max_new_tokens': (defaults.max_new_tokens, 'as many as wanted, past the trained context too'),
-    'top_k': (defaults.top_k, 'draw among the k likeliest tokens; 0: all'),
-    'seed': (defaults.seed, 'another seed, another text'),
-  }
-  for name, (number, help_text) in integers.items():
-    flags.DEFINE_integer(name, number, help_text, flag_values=values)
-  floats = {
-    'temperature': (defaults.temperature, 'logits are divided by it: low is safe, high is wild, 0 is the likeliest token always'),
-    'top_p': (defaults.top_p, 'draw among the fewest tokens that hold this much probability; 1: all'),
-    'min_p': (defaults.min_p, "drop tokens below this fraction of the likeliest one's probability; 0: none"),
-  }
-  for name, (value, help_text) in floats.items():
-    flags.DEFINE_float(name, value, help_text, flag_values=values)
+  # A setting is explained in one place, the comment beside its field.
+  comments = dict(re.findall(r'^  (\w+): .*?  # (.*)$', inspect.getsource(params.SamplingParams), re.MULTILINE))
+  define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+  for field in dataclasses.fields(params.SamplingParams):
+    if field.type in define and field.name != 'begins_document':
+      define[field.type](field.name, field.default, comments.get(field.name, 'at most so many'), flag_values=values)
+  for name in ('stop', 'choices'):
+    flags.DEFINE_multi_string(name, [], comments[name] + '; may be repeated', flag_values=values)
+  for name in ('stop_tokens', 'banned_tokens'):
+    flags.DEFINE_list(name, [], comments[name] + '; with commas between them', flag_values=values)
+  flags.DEFINE_list('logit_bias', [], 'nats added to the logits of token ids: 17:2.5,18:-1', flag_values=values)
   flags.DEFINE_multi_string('prompt', [], 'what the text begins with; may be repeated; none: a document start', flag_values=values)
-  flags.DEFINE_multi_string('stop', [], 'end before this text; may be repeated', flag_values=values)
   switches = {
-    'stop_at_end': (defaults.stop_at_end, 'end where the model ends its document; else the next one follows'),
     'begins_document': (None, 'the prompt begins a document; not given: if the model was trained on documents apart'),
-    'allow_unknown': (defaults.allow_unknown, 'may draw the token for what has no id of its own, such as <unk>'),
     'stream': (False, 'show one text as it is made'),
   }
   for name, (on, help_text) in switches.items():
@@ -70,9 +65,7 @@ def _main(argv: Sequence[str]) -> None:
   command_line.need_workdir(values)
   if values.format not in ('text', 'jsonl'):
     raise errors.not_among('format', values.format, ('text', 'jsonl'))
-  taken = {field.name: getattr(values, field.name) for field in dataclasses.fields(params.SamplingParams)}
-  taken['begins_document'] = bool(values.begins_document)
-  settings = params.SamplingParams(**{**taken, 'stop': tuple(values.stop)})
+  settings = _settings(values)
   if values.prompt and values.prompts_file:
     raise errors.UserError('--prompt and --prompts_file: give one of them')
   prompts = read_prompts(pathlib.Path(values.prompts_file)) if values.prompts_file else values.prompt or ['']
@@ -82,6 +75,8 @@ def _main(argv: Sequence[str]) -> None:
     raise errors.UserError(f'output={values.output!r}: its directory does not exist')
   if values.output and pathlib.Path(values.output).is_dir():
     raise errors.UserError(f'output={values.output!r} is a directory')
+  if values.output and pathlib.Path(values.output).exists():
+    raise errors.UserError(f'output={values.output!r} exists: name a new file')
   from textgen_jax import workdir  # after the checks: it takes seconds to import
   from textgen_jax.sampling import generate
 
@@ -99,7 +94,7 @@ def _main(argv: Sequence[str]) -> None:
     return
   completions = generate.generate(trained.model, trained.params, trained.tokenizer, prompts, settings)
   if values.format == 'jsonl':
-    text = ''.join(json.dumps(vars(c), ensure_ascii=False) + '\n' for c in completions)
+    text = ''.join(json.dumps(c.row(), ensure_ascii=False) + '\n' for c in completions)
   else:
     text = '---\n'.join(f'{c.prompt}{c.text}\n' for c in completions)
   if values.output:
@@ -109,6 +104,23 @@ def _main(argv: Sequence[str]) -> None:
       raise errors.MachineFailed(f'output={values.output!r} could not be written: {error.strerror}') from error
   else:
     write_stream([text])
+
+
+def _settings(values: flags.FlagValues) -> params.SamplingParams:
+  taken = {field.name: getattr(values, field.name) for field in dataclasses.fields(params.SamplingParams)}
+  taken.update({name: tuple(taken[name]) for name in ('stop', 'choices')})
+  for name in ('stop_tokens', 'banned_tokens'):
+    taken[name] = tuple(_number(name, one, int) for one in taken[name])
+  pairs = [one.partition(':') for one in taken['logit_bias']]
+  taken['logit_bias'] = tuple((_number('logit_bias', i, int), _number('logit_bias', bias, float)) for i, _, bias in pairs)
+  return params.SamplingParams(**{**taken, 'begins_document': bool(values.begins_document)})
+
+
+def _number(name: str, text: str, kind: Any) -> Any:
+  try:
+    return kind(text)
+  except ValueError as error:
+    raise errors.UserError(f'{name}: {text!r} is not a number' + ('; write ID:NATS' if name == 'logit_bias' else '')) from error
 
 
 def _tell_past_context(trained, reaches: int) -> None:  # type: ignore[no-untyped-def]

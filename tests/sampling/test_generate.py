@@ -11,6 +11,7 @@ from flax import linen as nn
 from textgen_jax import errors
 from textgen_jax.models import build, lstm, transformer
 from textgen_jax.sampling import decode, generate, params, sampler
+from textgen_jax.sampling import history as history_lib
 from textgen_jax.text import base, byte, char, word
 
 SEGMENT = sampler.SEGMENT
@@ -44,7 +45,8 @@ class Subject:
   def _step(self, params, tokens_BT, last, position_B, knobs, uses):
     hidden_BTD, _ = self.model.apply({'params': params}, tokens_BT)
     logits_BTV = self.model.apply({'params': params}, hidden_BTD, method='unembed')
-    return decode.next_token(logits_BTV[:, last], position_B, knobs, uses)
+    adjusted_BV = decode.adjust(logits_BTV[:, last], history_lib.History(position_B), knobs, uses, None)
+    return decode.next_token(adjusted_BV, decode.uniforms(knobs.key_B, position_B, 1)[:, 0], knobs, uses)[0]
 
   def generate(self, *args):
     return generate.generate(self.model, self.params, TOKENIZER, *args)
@@ -54,7 +56,9 @@ class Subject:
     history, start = generate.prompt_ids(TOKENIZER, prompt), 0
     prompt_hash = np.frombuffer(hashlib.sha256(np.array(history, '<u4').tobytes()).digest()[:4], '<u4')
     keys = np.asarray(decode.row_keys(np.array([settings.seed], np.uint32), prompt_hash, np.array([sample], np.uint32)))
-    knobs, uses = decode.Knobs.of([settings], keys), decode.Uses.of([settings])
+    vocab = generate.vocab_of(self.model, self.params, TOKENIZER)
+    uses = decode.Uses.of([settings], vocab)
+    knobs = decode.Knobs.of([settings], keys, uses, vocab)
     for position in range(settings.max_new_tokens):
       if self.model.slides and len(history) - start > CONTEXT:
         start = len(history) - CONTEXT * 3 // 4
@@ -166,12 +170,13 @@ def test_the_size_of_segments_changes_no_text(name):
   one = subject(name)
   prompts = [generate.prompt_ids(TOKENIZER, prompt) for prompt in PROMPTS]
   rows = [Settings(), Settings(seed=1, max_new_tokens=11), Settings(temperature=0)]
+  vocab = generate.vocab_of(one.model, one.params, TOKENIZER)
 
   def drawn(segment):
     texts = [[], [], []]
-    for piece in sampler.Sampler(one.model, one.params, prompts, rows, [0, 1, 2], segment=segment):
-      for row, ids in piece.items():
-        texts[row] += ids
+    for piece in sampler.Sampler(one.model, one.params, prompts, rows, [0, 1, 2], vocab, segment=segment):
+      for row, new in piece.items():
+        texts[row] += new.tokens
     return texts
 
   assert drawn(7) == drawn(SEGMENT)
@@ -192,9 +197,9 @@ def test_finished_rows_are_let_go(name, lengths, sizes, monkeypatch):
   seen = []
   real = decode.decode
 
-  def recorded(model, params, cache, token_B, *args, **kwargs):
-    seen.append(len(token_B))
-    return real(model, params, cache, token_B, *args, **kwargs)
+  def recorded(model, params, cache, state, *args, **kwargs):
+    seen.append(len(state.token_B))
+    return real(model, params, cache, state, *args, **kwargs)
 
   monkeypatch.setattr(decode, 'decode', recorded)
   completions = one.generate(['abc'] * len(rows), rows)
@@ -214,9 +219,9 @@ def test_the_ring_holds_the_window_while_a_chunk_is_written(monkeypatch):
     hidden_BTD, _ = one.model.apply({'params': params}, tokens_BT, cache=cache)
     return one.model.apply({'params': params}, hidden_BTD, method='unembed')
 
-  def recorded(model, params, cache, token_B, *args, **kwargs):
-    cached.append(logits(params, token_B[:, None], cache)[:, 0])
-    return real(model, params, cache, token_B, *args, **kwargs)
+  def recorded(model, params, cache, state, *args, **kwargs):
+    cached.append(logits(params, state.token_B[:, None], cache)[:, 0])
+    return real(model, params, cache, state, *args, **kwargs)
 
   monkeypatch.setattr(decode, 'decode', recorded)
   one.generate(prompts, Settings(max_new_tokens=1))

@@ -57,6 +57,23 @@ def test_a_stream_gives_the_whole_text(kind):
   assert ''.join([decoder.feed([i]) for i in ids] + [decoder.flush()]) == TEXT
 
 
+@pytest.mark.parametrize('kind', build.KINDS)
+def test_spelling_gives_the_text_of_any_ids(kind):
+  tokenizer, generator = build.train(CONFIGS[kind], [TEXT]), np.random.default_rng(0)
+  spelling, end = tokenizer.spelling(), tokenizer.special_ids['end_of_text']
+  assert spelling.next_CV.shape == (len(spelling.texts), tokenizer.vocab_size)
+  assert {len(texts) for texts in spelling.texts} == {tokenizer.vocab_size}
+  assert {texts[end] for texts in spelling.texts} == {b''}
+  for _ in range(300):
+    ids = generator.integers(tokenizer.vocab_size, size=generator.integers(12))
+    decoder, context, data = tokenizer.incremental_decoder(), 0, b''
+    for i in ids.tolist():
+      data += spelling.texts[context][i]
+      context = int(spelling.next_CV[context, i])
+    assert data.decode('utf-8', 'replace') == tokenizer.decode(ids) == decoder.feed(ids) + decoder.flush()
+    assert spelling.context(ids) == context
+
+
 @pytest.mark.parametrize(
     ('config', 'message'),
     [

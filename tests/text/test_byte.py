@@ -97,3 +97,8 @@ def test_saves_and_loads(tmp_path):
   assert loaded.kind == 'byte'
   assert loaded.fingerprint() == tokenizer.fingerprint()
   assert loaded.special_ids == {'end_of_text': 256}
+
+
+def test_spelling_is_the_bytes():
+  texts = byte.ByteTokenizer().spelling().texts
+  assert texts == ((*(bytes([i]) for i in range(256)), b''),)

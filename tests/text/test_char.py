@@ -104,3 +104,7 @@ def test_empty_and_broken_training_text_is_refused():
     train('', '')
   with pytest.raises(errors.UserError, match='surrogate'):
     train('a\ud800')
+
+
+def test_spelling_is_utf8():
+  assert train('a\u4e16', unknown_symbol='\u00e9').spelling().texts == ((b'a', b'\xe4\xb8\x96', b'\xc3\xa9', b''),)

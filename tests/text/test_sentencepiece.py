@@ -420,3 +420,20 @@ def test_a_damaged_tokenizer_file_is_named(trained, tmp_path):
 
 def test_the_largest_model_fits_its_file():
   assert len(base64.b64encode(bytes(pieces.MAX_MODEL_BYTES))) + 100 < base.MAX_FILE_BYTES
+
+
+@pytest.mark.parametrize('fields', [LLAMA, GEMMA, {}])
+def test_spelling_drops_the_dummy_prefix_once(tmp_path, fields):
+  tokenizer, generator = foreign(tmp_path, train_library(**fields)), np.random.default_rng(0)
+  spelling = tokenizer.spelling()
+  assert len(spelling.texts) == 2 - (fields == GEMMA)
+  spaced = [i for i, text in enumerate(spelling.texts[-1]) if text.startswith(b' ') or not text]
+  assert len(spaced) > 5
+  for _ in range(1000):
+    ids = [*generator.choice(spaced, generator.integers(4)), *generator.integers(tokenizer.vocab_size, size=generator.integers(5))]
+    context, data = 0, b''
+    for i in map(int, ids):
+      data += spelling.texts[context][i]
+      context = int(spelling.next_CV[context, i])
+    assert data.decode('utf-8', 'replace') == tokenizer.decode(ids)
+    assert context == spelling.context(ids)

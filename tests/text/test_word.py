@@ -311,3 +311,17 @@ def test_standardising_twice_changes_nothing():
     assert word._standardize(once) == once
     assert unicodedata.is_normalized('NFKC', once)
     assert once.count('\n') == text.count('\n')
+
+
+@pytest.mark.parametrize('standardize', [False, True])
+def test_spelling_follows_the_spaces(standardize):
+  generator = np.random.default_rng(9)
+  tokenizer = train('to be, (or) "not"\n-- to be', standardize=standardize)
+  spelling, to = tokenizer.spelling(), int(tokenizer.encode('to')[0])
+  assert [texts[to] for texts in spelling.texts] == [b'to', b' to']
+  for _ in range(1000):
+    ids, context, data = generator.integers(tokenizer.vocab_size, size=12), 0, b''
+    for i in ids.tolist():
+      data += spelling.texts[context][i]
+      context = int(spelling.next_CV[context, i])
+    assert data.decode() == tokenizer.decode(ids)

@@ -41,7 +41,7 @@ class TransformerConfig:
 class TransformerCache:
   """Keys and values by slot; what a query may look at follows from `index_BS` alone."""
 
-  layers: tuple[tuple[jax.Array, jax.Array], ...]  # each layer's keys and values, [B, S, G, K]
+  layers: tuple[tuple[jax.Array, jax.Array], ...]  # each layer's keys and values, [B, G, S, K]
   index_BS: jax.Array  # how many valid tokens of its row came before the slot's; -1: nothing there
   count_B: jax.Array  # valid tokens so far
   document_B: jax.Array  # index of the current document's first token
@@ -159,7 +159,7 @@ class Transformer(nn.Module):
   def init_cache(self, batch: int, length: int) -> TransformerCache:
     """Room for `length` tokens a row; past `window` + chunk - 1 of them it works as a ring."""
     c = self.config
-    shape = (batch, length, c.num_kv_heads or c.num_heads, c.dim // c.num_heads)
+    shape = (batch, c.num_kv_heads or c.num_heads, length, c.dim // c.num_heads)
     dtype = layers.resolve_dtype(c.compute_dtype)
 
     def zeros() -> jax.Array:  # a row of its own each time: the cursor's one buffer can't be donated twice
@@ -176,7 +176,7 @@ class Transformer(nn.Module):
   def grow_cache(self, cache: TransformerCache, length: int) -> TransformerCache:
     """More slots, same content. Only before the ring has come round: slots keep their numbers."""
     more = length - cache.index_BS.shape[1]
-    pad = functools.partial(jnp.pad, pad_width=((0, 0), (0, more), (0, 0), (0, 0)))
+    pad = functools.partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, more), (0, 0)))
     index_BS = jnp.pad(cache.index_BS, ((0, 0), (0, more)), constant_values=-1)
     return dataclasses.replace(cache, layers=jax.tree.map(pad, cache.layers), index_BS=index_BS)
 

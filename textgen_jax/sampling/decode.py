@@ -1,7 +1,7 @@
 """The compiled parts of generation: reading a prompt, and a loop that draws a segment of tokens."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,72 +9,175 @@ import jax.numpy as jnp
 import numpy as np
 
 from textgen_jax.models import base
+from textgen_jax.sampling import constraint, transforms
+from textgen_jax.sampling import history as history_lib
 from textgen_jax.sampling import params as params_lib
-from textgen_jax.sampling import transforms
+
+Transform = Callable[[jax.Array, history_lib.History], jax.Array]
 
 
 class Knobs(NamedTuple):
-  """Sampling settings, one a row; all traced, so that another value compiles nothing."""
+  """Sampling settings, one a row; all traced, so that another value compiles nothing. What no row uses of the last three is None."""
 
   temperature_B: jax.Array
   top_k_B: jax.Array
   top_p_B: jax.Array
   min_p_B: jax.Array
-  bans_unknown_B: jax.Array  # bool
+  typical_p_B: jax.Array
+  repetition_penalty_B: jax.Array
+  presence_penalty_B: jax.Array
+  frequency_penalty_B: jax.Array
+  no_repeat_ngram_B: jax.Array
+  min_new_tokens_B: jax.Array
+  max_new_tokens_B: jax.Array
+  guidance_B: jax.Array
+  min_log_prob_B: jax.Array
   key_B: jax.Array  # uint32 key data, [B, 2]; the row's own, whatever its place
+  ends_BV: jax.Array  # bool: the tokens that end the row
+  bias_BV: jax.Array | None  # nats
+  banned_BV: jax.Array | None  # bool
 
   @classmethod
-  def of(cls, rows: Sequence[params_lib.SamplingParams], keys: Any) -> 'Knobs':
+  def of(cls, rows: Sequence[params_lib.SamplingParams], keys: Any, uses: 'Uses', vocab: 'Vocab') -> 'Knobs':
     def gather(name: str, dtype: Any) -> Any:
       return np.array([getattr(row, name) for row in rows], dtype)
 
+    def mark(ids_of: Callable[[params_lib.SamplingParams], Sequence[int]]) -> Any:
+      marked_BV = np.zeros((len(rows), vocab.size), bool)
+      for line, row in zip(marked_BV, rows, strict=True):
+        line[list(ids_of(row))] = True
+      return marked_BV
+
     temperature = gather('temperature', np.float64)
-    return cls(
+    bias_BV: Any = None
+    if uses.bias:
+      bias_BV = np.zeros((len(rows), vocab.size), np.float32)
+      for line, row in zip(bias_BV, rows, strict=True):
+        for token, bias in row.logit_bias:
+          line[token] += bias
+    knobs = cls(
       # Draws are argmax below 1e-30 and uniform above 1e30 as it is; further out float32 has no reciprocal, and 0 * -inf is NaN.
       jnp.asarray(np.where(temperature > 0, np.clip(temperature, 1e-30, 1e30), 0.0), jnp.float32),
       gather('top_k', np.int32),
       gather('top_p', np.float32),
       gather('min_p', np.float32),
-      ~gather('allow_unknown', np.bool_),
+      gather('typical_p', np.float32),
+      gather('repetition_penalty', np.float32),
+      gather('presence_penalty', np.float32),
+      gather('frequency_penalty', np.float32),
+      gather('no_repeat_ngram', np.int32),
+      gather('min_new_tokens', np.int32),
+      gather('max_new_tokens', np.int32),
+      gather('guidance', np.float32),
+      gather('min_log_prob', np.float32),
       keys,
+      mark(vocab.ends),
+      bias_BV,
+      mark(vocab.banned) if uses.bans else None,
     )
+    return jax.tree.map(jnp.asarray, knobs)
+
+
+class Vocab(NamedTuple):
+  """What sampling needs to know of a vocabulary."""
+
+  size: int  # of the logits: padding counts
+  end_of_text: int | None = None
+  unknown: int | None = None
+
+  def ends(self, row: params_lib.SamplingParams) -> list[int]:
+    """The ids that end a row."""
+    ended = self.end_of_text is not None and (row.stop_at_end or constraint.wanted(row))
+    return [*row.stop_tokens, *([self.end_of_text] if ended and self.end_of_text is not None else [])]
+
+  def banned(self, row: params_lib.SamplingParams) -> list[int]:
+    """The ids that a row never draws."""
+    return [*row.banned_tokens, *([] if self.unknown is None or row.allow_unknown else [self.unknown])]
 
 
 class Uses(NamedTuple):
-  """Which transforms any row needs; the others are compiled out."""
+  """Which parts any row needs; the others are compiled out."""
 
   draw: bool
   top_k: bool
   top_p: bool
   min_p: bool
-  unknown: int | None = None  # the id that some row mustn't draw
+  typical_p: bool
+  repetition_penalty: bool
+  presence_penalty: bool
+  frequency_penalty: bool
+  no_repeat_ngram: bool
+  min_length: bool
+  guidance: bool
+  bias: bool
+  bans: bool
+  constraint: bool
+  log_probs: bool
+  alternatives: int
+  extra: tuple[Transform, ...] = ()  # the caller's own, after the bans
 
   @classmethod
-  def of(cls, rows: Sequence[params_lib.SamplingParams], unknown: int | None = None) -> 'Uses':
+  def of(cls, rows: Sequence[params_lib.SamplingParams], vocab: Vocab, extra: Sequence[Transform] = ()) -> 'Uses':
     drawn = [row for row in rows if row.temperature > 0]
     return cls(
       draw=bool(drawn),
       top_k=any(row.top_k > 0 for row in drawn),
       top_p=any(row.top_p < 1 for row in drawn),
       min_p=any(row.min_p > 0 for row in drawn),
-      unknown=None if all(row.allow_unknown for row in rows) else unknown,
+      typical_p=any(row.typical_p < 1 for row in drawn),
+      repetition_penalty=any(row.repetition_penalty != 1 for row in rows),
+      presence_penalty=any(row.presence_penalty != 0 for row in rows),
+      frequency_penalty=any(row.frequency_penalty != 0 for row in rows),
+      no_repeat_ngram=any(row.no_repeat_ngram > 0 for row in rows),
+      min_length=any(row.min_new_tokens > 0 for row in rows),
+      guidance=any(row.guidance != 1 for row in rows),
+      bias=any(row.logit_bias for row in rows),
+      bans=any(vocab.banned(row) for row in rows),
+      constraint=any(map(constraint.wanted, rows)),
+      log_probs=any(row.log_probs or row.alternatives or row.best_of or np.isfinite(row.min_log_prob) for row in rows),
+      alternatives=max((row.alternatives for row in rows), default=0),
+      extra=tuple(extra),
     )
 
+  @property
+  def counts(self) -> bool:
+    """Whether the history must count tokens."""
+    return self.repetition_penalty or self.presence_penalty or self.frequency_penalty or bool(self.extra)
 
-def next_token(logits_BV: jax.Array, position_B: jax.Array, knobs: Knobs, uses: Uses) -> jax.Array:
-  """Each row's next token, [B].
+  @property
+  def tokens(self) -> bool:
+    """Whether the history must hold the tokens."""
+    return self.no_repeat_ngram or bool(self.extra)
 
-  Args:
-    logits_BV: unnormalised log-probabilities (nats).
-    position_B: how many tokens the row has drawn before: its key's last ingredient.
-    knobs: the rows' settings.
-    uses: which of them are on in any row.
-  """
-  if uses.unknown is not None:
-    logits_BV = logits_BV.at[:, uses.unknown].set(jnp.where(knobs.bans_unknown_B, -jnp.inf, logits_BV[:, uses.unknown]))
-  greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  if not uses.draw:
-    return greedy_B
+
+def adjust(logits_BV: jax.Array, history: history_lib.History, knobs: Knobs, uses: Uses, table: Any) -> jax.Array:
+  """Logits after all that comes before the temperature; `logits_BV` holds the negative prompts' rows too where guidance is used."""
+  if uses.guidance:
+    logits_BV, negative_BV = jnp.split(logits_BV, 2)
+    logits_BV = transforms.guide(logits_BV, negative_BV, knobs.guidance_B)
+  if uses.constraint:
+    logits_BV = constraint.allow(logits_BV, history, table, knobs.max_new_tokens_B - history.drawn_B)
+  if knobs.bias_BV is not None:
+    logits_BV = transforms.logit_bias(logits_BV, knobs.bias_BV)
+  if uses.repetition_penalty:
+    logits_BV = transforms.repetition_penalty(logits_BV, history, knobs.repetition_penalty_B)
+  if uses.presence_penalty:
+    logits_BV = transforms.presence_penalty(logits_BV, history, knobs.presence_penalty_B)
+  if uses.frequency_penalty:
+    logits_BV = transforms.frequency_penalty(logits_BV, history, knobs.frequency_penalty_B)
+  if knobs.banned_BV is not None:
+    logits_BV = transforms.ban(logits_BV, knobs.banned_BV)
+  if uses.min_length:
+    logits_BV = transforms.min_length(logits_BV, history, knobs.min_new_tokens_B, knobs.ends_BV)
+  if uses.no_repeat_ngram:
+    logits_BV = transforms.no_repeat_ngram(logits_BV, history, knobs.no_repeat_ngram_B)
+  for transform in uses.extra:
+    logits_BV = transform(logits_BV, history)
+  return logits_BV
+
+
+def narrow(logits_BV: jax.Array, knobs: Knobs, uses: Uses) -> jax.Array:
+  """Adjusted logits to those of the distribution that is drawn from; a row at temperature 0 isn't drawn."""
   logits_BV = transforms.temperature(logits_BV, knobs.temperature_B)
   if uses.top_k:
     logits_BV = transforms.top_k(logits_BV, knobs.top_k_B)
@@ -82,18 +185,102 @@ def next_token(logits_BV: jax.Array, position_B: jax.Array, knobs: Knobs, uses: 
     logits_BV = transforms.top_p(logits_BV, knobs.top_p_B)
   if uses.min_p:
     logits_BV = transforms.min_p(logits_BV, knobs.min_p_B)
-  uniform_B = jax.vmap(lambda key, position: jax.random.uniform(jax.random.fold_in(key, position)))(knobs.key_B, position_B)
-  return jnp.where(knobs.temperature_B > 0, transforms.draw(logits_BV, uniform_B), greedy_B)
+  if uses.typical_p:
+    logits_BV = transforms.typical_p(logits_BV, knobs.typical_p_B)
+  return logits_BV
+
+
+def next_token(adjusted_BV: jax.Array, uniform_B: Any, knobs: Knobs, uses: Uses) -> tuple[jax.Array, jax.Array | None]:
+  """Each row's next token, [B], and the logits that it was drawn from; None where none is drawn, which needs no `uniform_B`."""
+  greedy_B = jnp.argmax(adjusted_BV, axis=-1).astype(jnp.int32)
+  if not uses.draw:
+    return greedy_B, None
+  narrowed_BV = narrow(adjusted_BV, knobs, uses)
+  return jnp.where(knobs.temperature_B > 0, transforms.draw(narrowed_BV, uniform_B), greedy_B), narrowed_BV
+
+
+class Rows(NamedTuple):
+  """The state of a batch's rows beside the model's cache; every leaf leads with B."""
+
+  token_B: jax.Array  # the last known token of each row, not yet read
+  negative_token_B: jax.Array | None  # and of its negative prompt, where guidance is used
+  history: history_lib.History
+  knobs: Knobs
+  done_B: jax.Array  # bool
+  log_prob_B: jax.Array  # of what was drawn, under the raw distribution; 0 where log-probabilities aren't kept
+
+
+class Trace(NamedTuple):
+  """A segment's tokens, and what is known of each; None where it wasn't asked for. Nats."""
+
+  token_BT: jax.Array
+  log_prob_BT: jax.Array | None = None  # under the model's own distribution
+  drawn_log_prob_BT: jax.Array | None = None  # under the one that was drawn from; 0 where the likeliest was taken
+  entropy_BT: jax.Array | None = None  # of the model's own distribution
+  other_BTN: jax.Array | None = None  # the likeliest ids under it, the likeliest first
+  other_log_prob_BTN: jax.Array | None = None
+
+
+def new_trace(batch: int, size: int, uses: Uses) -> Trace:
+  trace = Trace(jnp.zeros((batch, size), jnp.int32))
+  if uses.log_probs:
+    zeros_BT = jnp.zeros((batch, size), jnp.float32)
+    trace = trace._replace(log_prob_BT=zeros_BT, drawn_log_prob_BT=zeros_BT, entropy_BT=zeros_BT)
+  if uses.alternatives:
+    shape = (batch, size, uses.alternatives)
+    trace = trace._replace(other_BTN=jnp.zeros(shape, jnp.int32), other_log_prob_BTN=jnp.zeros(shape, jnp.float32))
+  return trace
+
+
+def observe(token_B: jax.Array, logits_BV: jax.Array, narrowed_BV: jax.Array | None, knobs: Knobs, uses: Uses) -> Trace:
+  """One step's trace, without the time axis: what the model thought of each row's token."""
+  if not uses.log_probs:
+    return Trace(token_B)
+  raw_BV = jax.nn.log_softmax(logits_BV[: token_B.shape[0]], axis=-1)
+  log_prob_B = _pick(raw_BV, token_B)
+  drawn_log_prob_B = jnp.zeros_like(log_prob_B)
+  if narrowed_BV is not None:
+    drawn_log_prob_B = jnp.where(knobs.temperature_B > 0, _pick(jax.nn.log_softmax(narrowed_BV, axis=-1), token_B), 0.0)
+  entropy_B = -jnp.where(raw_BV > -jnp.inf, jnp.exp(raw_BV) * raw_BV, 0.0).sum(axis=-1)
+  trace = Trace(token_B, log_prob_B, drawn_log_prob_B, entropy_B)
+  if uses.alternatives:
+    other_log_prob_BN, other_BN = jax.lax.top_k(raw_BV, uses.alternatives)
+    trace = trace._replace(other_BTN=other_BN, other_log_prob_BTN=other_log_prob_BN)
+  return trace
+
+
+def _pick(x_BV: jax.Array, token_B: jax.Array) -> jax.Array:
+  return jnp.take_along_axis(x_BV, token_B[:, None], axis=1)[:, 0]
+
+
+def write(trace: Trace, step: Trace, i: jax.Array) -> Trace:
+  """The trace with a step entered at time i."""
+  put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i, axis=1)
+  return jax.tree.map(lambda whole, one: put(whole, one[:, None]), trace, step)
+
+
+def uniforms(key_B: jax.Array, position_B: jax.Array, size: int) -> jax.Array:
+  """What decides the tokens at `size` positions from `position_B` on, [B, size]: one number in [0, 1) each, whatever the segment."""
+
+  def one(key: jax.Array, position: jax.Array) -> jax.Array:
+    return jax.random.uniform(jax.random.fold_in(key, position))
+
+  # All at once: within the loop, the key's arithmetic alone took longer than the model.
+  return jax.vmap(lambda key, first: jax.vmap(lambda t: one(key, first + t))(jnp.arange(size)))(key_B, position_B)
 
 
 def new_cache(model: base.LanguageModel, params: Any, rows: int, length: int) -> Any:
   """An empty cache on the devices that hold the parameters, where later ones come from: else each call compiles twice."""
-  cache = model.init_cache(rows, length)
+  return beside(params, model.init_cache(rows, length))
+
+
+def beside(params: Any, tree: Any) -> Any:
+  """Arrays on the devices that hold the parameters, where what is computed from them comes to be."""
   committed = [leaf.sharding for leaf in jax.tree.leaves(params) if getattr(leaf, 'committed', False)]
   if not committed:
-    return cache
+    return jax.tree.map(jnp.asarray, tree)
   mesh = getattr(committed[0], 'mesh', None)
-  return jax.device_put(cache, committed[0] if mesh is None else jax.NamedSharding(mesh, jax.P()))
+  return jax.device_put(tree, committed[0] if mesh is None else jax.NamedSharding(mesh, jax.P()))
 
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='cache')
@@ -102,47 +289,69 @@ def prefill(model: base.LanguageModel, params: Any, cache: Any, tokens_BT: jax.A
   return model.apply({'params': params}, tokens_BT, cache=cache, valid_BT=valid_BT)[1]
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'uses', 'size'), donate_argnames='cache')
+def step_model(model: base.LanguageModel, params: Any, rows: Rows, cache: Any) -> tuple[jax.Array, Any]:
+  """Logits after each row's last token, [B, V], or [2 B, V] where guidance is used: the negative prompts' rows stand below."""
+  token_B = rows.token_B if rows.negative_token_B is None else jnp.concatenate([rows.token_B, rows.negative_token_B])
+  hidden_BTD, cache = model.apply({'params': params}, token_B[:, None], cache=cache)
+  return model.apply({'params': params}, hidden_BTD, method='unembed')[:, 0], cache
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'uses', 'size'), donate_argnames=('cache', 'rows'))
 def decode(
-  model: base.LanguageModel,
-  params: Any,
-  cache: Any,
-  token_B: jax.Array,
-  position_B: jax.Array,
-  knobs: Knobs,
-  limit: jax.Array,
-  *,
-  uses: Uses,
-  size: int,
-) -> tuple[Any, jax.Array]:
-  """Draws `limit` tokens a row, each fed back.
+  model: base.LanguageModel, params: Any, cache: Any, rows: Rows, table: Any, limit: jax.Array, *, uses: Uses, size: int
+) -> tuple[Any, Rows, Trace, jax.Array]:
+  """Draws up to `limit` tokens a row, each fed back; fewer where all rows are done.
 
   Args:
     model: the model.
     params: its parameters.
-    cache: what stands before `token_B`; donated. It has `limit` more slots.
-    token_B: the last known token of each row, not yet read.
-    position_B: tokens that the row has drawn so far.
-    knobs: the rows' settings.
+    cache: what stands before `rows.token_B`; donated. It has `limit` more slots.
+    rows: the rows' state; donated.
+    table: the rows' constraints (`constraint.Table`); None without any.
     limit: at most `size`; traced.
     uses: which settings are on; static.
-    size: width of the result; static.
+    size: width of the trace; static.
 
   Returns:
-    The cache, which lacks the last token drawn, and the tokens, [B, size], 0 past `limit`.
+    The cache, which lacks the last token drawn; the rows; the trace, of which the tokens
+    that count are `history.drawn_B`'s gain (a row that is done draws on, and nobody looks);
+    and whether every logit's row was sound, bool [B].
   """
+  before_B = rows.history.drawn_B
+  uniform_BT = uniforms(rows.knobs.key_B, before_B, size) if uses.draw else None
 
   def body(carry: Any) -> Any:
-    i, cache, token_B, drawn_BT = carry
-    hidden_BTD, cache = model.apply({'params': params}, token_B[:, None], cache=cache)
-    logits_BV = model.apply({'params': params}, hidden_BTD, method='unembed')[:, 0]
-    token_B = next_token(logits_BV, position_B + i, knobs, uses)
-    return i + 1, cache, token_B, jax.lax.dynamic_update_slice_in_dim(drawn_BT, token_B[:, None], i, axis=1)
+    i, cache, rows, trace, sound_B = carry
+    logits_BV, cache = step_model(model, params, rows, cache)
+    uniform_B = None if uniform_BT is None else jax.lax.dynamic_index_in_dim(uniform_BT, i, axis=1, keepdims=False)
+    token_B, narrowed_BV = next_token(adjust(logits_BV, rows.history, rows.knobs, uses, table), uniform_B, rows.knobs, uses)
+    seen = observe(token_B, logits_BV, narrowed_BV, rows.knobs, uses)
+    # A NaN makes the maximum NaN, and would else be drawn as token 0.
+    sound_B = sound_B & (jnp.isfinite(logits_BV[: token_B.shape[0]].max(axis=-1)) | rows.done_B)
+    return i + 1, cache, advance(rows, token_B, seen.log_prob_BT, uses, table), write(trace, seen, i), sound_B
 
-  drawn_BT = jnp.zeros((token_B.shape[0], size), jnp.int32)
-  first = (jnp.zeros((), jnp.int32), cache, token_B, drawn_BT)
-  _, cache, _, drawn_BT = jax.lax.while_loop(lambda carry: carry[0] < limit, body, first)
-  return cache, drawn_BT
+  batch = rows.token_B.shape[0]
+  first = (jnp.zeros((), jnp.int32), cache, rows, new_trace(batch, size, uses), jnp.ones((batch,), bool))
+  goes_on = lambda carry: (carry[0] < limit) & ~carry[2].done_B.all()  # noqa: E731
+  _, cache, rows, trace, sound_B = jax.lax.while_loop(goes_on, body, first)
+  return cache, rows, trace, sound_B
+
+
+def advance(rows: Rows, token_B: jax.Array, log_prob_B: jax.Array | None, uses: Uses, table: Any) -> Rows:
+  """The rows after one more token each; one that was done stays as it was, but for the token that is fed to the model."""
+  done_B, knobs, history = rows.done_B, rows.knobs, rows.history
+  longer = history_lib.extend(history, token_B)
+  if uses.constraint:
+    assert history.state_B is not None
+    state_B = constraint.advance(history, table, token_B)
+    longer = longer._replace(state_B=jnp.where(done_B, history.state_B, state_B))
+  longer = longer._replace(drawn_B=jnp.where(done_B, history.drawn_B, longer.drawn_B))
+  ended_B = jnp.take_along_axis(knobs.ends_BV, token_B[:, None], axis=1)[:, 0] | (longer.drawn_B >= knobs.max_new_tokens_B)
+  total_B = rows.log_prob_B
+  if log_prob_B is not None:
+    total_B = jnp.where(done_B, total_B, total_B + log_prob_B)
+    ended_B = ended_B | (total_B < knobs.min_log_prob_B)
+  return Rows(token_B, None if rows.negative_token_B is None else token_B, longer, knobs, done_B | ended_B, total_B)
 
 
 @jax.jit

@@ -11,8 +11,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from textgen_jax import errors
 from textgen_jax.models import base
+from textgen_jax.sampling import constraint, decode
 from textgen_jax.sampling import sampler as sampler_lib
 from textgen_jax.sampling.params import SamplingParams
 from textgen_jax.text import base as text_base
@@ -20,14 +24,22 @@ from textgen_jax.text import base as text_base
 
 @dataclasses.dataclass
 class Completion:
-  """What became of one row."""
+  """What became of one row. Log-probabilities and entropies are in nats, one a token; None where they weren't asked for."""
 
   prompt: str
   text: str  # generated, without the prompt and without the stop text
   tokens: list[int]  # generated ids, to the one that completes the stop text or ends the document
   sample_index: int
   seed: int
-  finish_reason: str  # length | stop (a stop text) | end (of the document)
+  finish_reason: str  # length | stop (a stop text or token) | end (of the document) | log_prob (fell below min_log_prob)
+  log_probs: list[float] | None = None  # under the model's own distribution
+  drawn_log_probs: list[float] | None = None  # under the distribution that was drawn from; 0 where the likeliest was taken
+  entropies: list[float] | None = None  # of the model's own distribution
+  alternatives: list[list[tuple[int, float]]] | None = None  # the likeliest tokens at each place, with their log-probabilities
+
+  def row(self) -> dict[str, Any]:
+    """What JSON tells of it: what was asked for."""
+    return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def generate(
@@ -36,8 +48,9 @@ def generate(
   tokenizer: text_base.Tokenizer,
   prompts: Sequence[str],
   settings: SamplingParams | Sequence[SamplingParams],
+  transforms: Sequence[decode.Transform] = (),
 ) -> list[Completion]:
-  """Completions of every prompt, `num_samples` each, in the prompts' order.
+  """Completions of every prompt, `num_samples` each, in the prompts' order; those of `best_of` the likeliest first.
 
   Args:
     model: any model of the contract.
@@ -45,58 +58,140 @@ def generate(
     tokenizer: the one that the model was trained with.
     prompts: texts; an empty one stands for the start of a document.
     settings: one for all prompts, or one each.
+    transforms: the caller's own, `(logits_BV, history) -> logits_BV`, applied before the temperature.
 
   Raises:
-    UserError: a prompt has a character that the tokenizer doesn't know.
+    UserError: a prompt has a character that the tokenizer doesn't know, or settings ask for what the vocabulary can't give.
+    NoGoodCheckpoint: a logit isn't a number.
   """
   each = [settings] * len(prompts) if isinstance(settings, SamplingParams) else settings
-  owners = [(p, one, s) for p, one in zip(prompts, each, strict=True) for s in range(one.num_samples)]
   encoded = [prompt_ids(tokenizer, prompt, one.begins_document) for prompt, one in zip(prompts, each, strict=True)]
-  ids = [prompt for prompt, one in zip(encoded, each, strict=True) for _ in range(one.num_samples)]
-  texts = [_Text(tokenizer, prompt, one) for prompt, (_, one, _) in zip(ids, owners, strict=True)]
-  sampler = _sampler(model, params, tokenizer, ids, [one for _, one, _ in owners], [s for _, _, s in owners])
-  for drawn in sampler:
-    for row, new in drawn.items():
-      texts[row].feed(new)
-      if texts[row].stopped:
-        sampler.finish(row)
-  for text in texts:
-    text.flush()
-  return [
-    Completion(p, text.text, text.ids, s, one.seed, text.finish_reason)
-    for text, (p, one, s) in zip(texts, owners, strict=True)
-  ]
+  owners = [(p, i) for p, one in enumerate(each) for i in range(one.rows())]
+  rows = _Rows(model, params, tokenizer, [encoded[p] for p, _ in owners], [each[p] for p, _ in owners], [i for _, i in owners], transforms)
+  for _ in rows:
+    pass
+  made = [rows.completion(row, prompts[p], i) for row, (p, i) in enumerate(owners)]
+  kept, first = [], 0
+  for one in each:
+    kept += _best(made[first : first + one.rows()], one)
+    first += one.rows()
+  return kept
+
+
+def _best(completions: list[Completion], settings: SamplingParams) -> list[Completion]:
+  """The likeliest `num_samples`, where more were drawn."""
+  if not settings.best_of:
+    return completions
+
+  def score(one: Completion) -> float:
+    return sum(one.log_probs or []) / max(len(one.tokens), 1) ** settings.length_penalty
+
+  return sorted(completions, key=score, reverse=True)[: settings.num_samples]
 
 
 def stream(
   model: base.LanguageModel, params: Any, tokenizer: text_base.Tokenizer, prompt: str, settings: SamplingParams
 ) -> Iterator[str]:
   """One completion in pieces, as they are made; together they are what `generate` gives."""
-  ids = prompt_ids(tokenizer, prompt, settings.begins_document)
-  text = _Text(tokenizer, ids, settings)
-  sampler = _sampler(model, params, tokenizer, [ids], [settings], [0])
-  shown = 0
-  for drawn in sampler:
-    text.feed(drawn[0])
+  rows = _Rows(model, params, tokenizer, [prompt_ids(tokenizer, prompt, settings.begins_document)], [settings], [0], ())
+  text, shown = rows.texts[0], 0
+  for _ in rows:
     if text.stopped:
       break
     ready = max(shown, len(text.text) - text.longest_stop + 1)  # a stop text may have begun at the end
     yield text.text[shown:ready]
     shown = ready
-  text.flush()
   yield text.text[shown:]
 
 
-def _sampler(
-  model: base.LanguageModel,
-  params: Any,
-  tokenizer: text_base.Tokenizer,
-  prompts: Sequence[Sequence[int]],
-  settings: Sequence[SamplingParams],
-  sample_indices: Sequence[int],
-) -> sampler_lib.Sampler:
+class _Rows:
+  """Rows of text, made a segment at a time: iterating does the work, and each step stands for one segment."""
+
+  def __init__(
+    self,
+    model: base.LanguageModel,
+    params: Any,
+    tokenizer: text_base.Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    settings: Sequence[SamplingParams],
+    sample_indices: Sequence[int],
+    transforms: Sequence[decode.Transform],
+  ):
+    self._settings = settings
+    vocab = vocab_of(model, params, tokenizer)
+    for one in dict.fromkeys(settings):
+      _check_ids(one, tokenizer)
+    constraints = _constraints(tokenizer, prompts, settings, vocab.size)
+    negatives = None
+    if any(one.guidance != 1 for one in settings):
+      negatives = [prompt_ids(tokenizer, one.negative_prompt, one.begins_document) for one in settings]
+    self.texts = [_Text(tokenizer, prompt, one) for prompt, one in zip(prompts, settings, strict=True)]
+    self._seen = [sampler_lib.Segment([], [], [], [], []) for _ in settings]
+    self._sampler = sampler_lib.Sampler(
+      model, params, prompts, settings, sample_indices, vocab, negatives=negatives, constraints=constraints, transforms=transforms
+    )
+
+  def __iter__(self) -> Iterator[None]:
+    for drawn in self._sampler:
+      for row, new in drawn.items():
+        self._seen[row] += new
+        self.texts[row].feed(new.tokens)
+        if self.texts[row].stopped:
+          self._sampler.finish(row)
+      yield
+    for text in self.texts:
+      text.flush()
+
+  def completion(self, row: int, prompt: str, sample_index: int) -> Completion:
+    text, seen, settings = self.texts[row], self._seen[row], self._settings[row]
+    size, reason = len(text.ids), text.finish_reason
+    if reason == 'length' and sum(seen.log_probs) < settings.min_log_prob:
+      reason = 'log_prob'
+    made = Completion(prompt, text.text, text.ids, sample_index, settings.seed, reason)
+    if settings.log_probs or settings.best_of:
+      made.log_probs, made.drawn_log_probs, made.entropies = seen.log_probs[:size], seen.drawn_log_probs[:size], seen.entropies[:size]
+    if settings.alternatives:
+      made.alternatives = [others[: settings.alternatives] for others in seen.others[:size]]
+    return made
+
+
+def vocab_of(model: base.LanguageModel, params: Any, tokenizer: text_base.Tokenizer) -> decode.Vocab:
+  """What the sampler needs to know of the ids."""
+
+  def logits(params: Any) -> jax.Array:
+    hidden_BTD, _ = model.apply({'params': params}, jnp.zeros((1, 1), jnp.int32), cache=model.init_cache(1, 1))
+    return model.apply({'params': params}, hidden_BTD, method='unembed')
+
   special = tokenizer.special_ids
-  return sampler_lib.Sampler(model, params, prompts, settings, sample_indices, special['end_of_text'], special.get('unknown'))
+  return decode.Vocab(jax.eval_shape(logits, params).shape[-1], special['end_of_text'], special.get('unknown'))
+
+
+def _check_ids(settings: SamplingParams, tokenizer: text_base.Tokenizer) -> None:
+  size = tokenizer.vocab_size
+  named = {'logit_bias': [i for i, _ in settings.logit_bias], 'banned_tokens': settings.banned_tokens, 'stop_tokens': settings.stop_tokens}
+  for name, ids in named.items():
+    wrong = [i for i in ids if i >= size]
+    if wrong:
+      raise errors.UserError(f'{name}: {wrong[0]} is not an id in the vocabulary [0, {size})')
+  unknown = tokenizer.special_ids.get('unknown')
+  if len({*settings.banned_tokens, *([] if settings.allow_unknown or unknown is None else [unknown])}) >= size:
+    raise errors.UserError(f'banned_tokens: each of the {size} tokens is banned')
+  if settings.alternatives > size:
+    raise errors.UserError(f'alternatives={settings.alternatives} is above the {size} tokens that there are')
+
+
+def _constraints(
+  tokenizer: text_base.Tokenizer, prompts: Sequence[Sequence[int]], settings: Sequence[SamplingParams], size: int
+) -> constraint.Constraints | None:
+  """The rows' constraints, checked to leave each of them a text that is short enough; None where no row has one."""
+  if not any(map(constraint.wanted, settings)):
+    return None
+  constraints = constraint.compile_constraints(tokenizer, [(one.regex, one.choices) for one in settings], size)
+  for i, (prompt, one) in enumerate(zip(prompts, settings, strict=True)):
+    fewest = constraints.fewest_tokens(constraints.start(i, prompt))
+    if fewest > one.max_new_tokens:
+      raise errors.UserError(f'max_new_tokens={one.max_new_tokens} is below {fewest}, which the shortest text of regex or choices takes')
+  return constraints
 
 
 class _Text:
@@ -114,8 +209,12 @@ class _Text:
   def finish_reason(self) -> str:
     if self.stopped:
       return 'stop'
-    ended = self._settings.stop_at_end and self.ids[-1:] == [self._tokenizer.special_ids['end_of_text']]
-    return 'end' if ended else 'length'
+    if not self.ids:
+      return 'length'
+    if self.ids[-1] in self._settings.stop_tokens:
+      return 'stop'
+    may_end = self._settings.stop_at_end or constraint.wanted(self._settings)
+    return 'end' if may_end and self.ids[-1] == self._tokenizer.special_ids['end_of_text'] else 'length'
 
   def feed(self, ids: Sequence[int]) -> None:
     self.ids += ids

@@ -7,7 +7,7 @@ import os
 import pathlib
 import stat
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -40,6 +40,20 @@ class IncrementalDecoder(Protocol):
     """What is left when the stream ends; the decoder starts anew."""
 
 
+class Spelling(NamedTuple):
+  """What every token adds to the text, as UTF-8, which may depend on a context that the tokens before it leave."""
+
+  texts: tuple[tuple[bytes, ...], ...]  # [context][id]; context 0 is a stream's start
+  next_CV: np.ndarray                   # the context after each token, int32 [C, V]
+
+  def context(self, ids: Sequence[int] | np.ndarray) -> int:
+    """The context that `ids` leave."""
+    context = 0
+    for i in check_ids(ids, self.next_CV.shape[1]).tolist():
+      context = int(self.next_CV[context, i])
+    return context
+
+
 class Tokenizer(Protocol):
   """Text to ids in [0, vocab_size) and back.
 
@@ -69,6 +83,9 @@ class Tokenizer(Protocol):
 
   def incremental_decoder(self) -> IncrementalDecoder:
     """A decoder for streaming."""
+
+  def spelling(self) -> Spelling:
+    """The bytes behind the decoder's text: joined, and decoded with errors='replace', they are `decode`'s."""
 
   def save(self, directory: str | os.PathLike) -> None:
     """Writes JSON files into `directory`, which is made where it is missing."""

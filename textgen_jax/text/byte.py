@@ -55,6 +55,9 @@ class ByteTokenizer:
   def incremental_decoder(self) -> '_ByteDecoder':
     return _ByteDecoder()
 
+  def spelling(self) -> base.Spelling:
+    return base.Spelling(((*(bytes([i]) for i in range(256)), b''),), np.zeros((1, self.vocab_size), np.int32))
+
   def save(self, directory: str | os.PathLike) -> None:
     base.write_fields(directory, self._fields())
 

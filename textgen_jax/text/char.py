@@ -93,6 +93,10 @@ class CharTokenizer:
   def incremental_decoder(self) -> '_CharDecoder':
     return _CharDecoder(self)
 
+  def spelling(self) -> base.Spelling:
+    texts = (*(c.encode() for c in self._characters + self._unknown_symbol), b'')
+    return base.Spelling((texts,), np.zeros((1, self.vocab_size), np.int32))
+
   def save(self, directory: str | os.PathLike) -> None:
     base.write_fields(directory, self._fields())
 

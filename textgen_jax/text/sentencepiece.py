@@ -147,6 +147,14 @@ class SentencePieceTokenizer:
   def incremental_decoder(self) -> '_PieceDecoder':
     return _PieceDecoder(self)
 
+  def spelling(self) -> base.Spelling:
+    """With a dummy prefix two contexts: before any text, where a leading space is dropped, and after."""
+    texts = tuple(self._table)
+    if not self._dummy_prefix:
+      return base.Spelling((texts,), np.zeros((1, self.vocab_size), np.int32))
+    next_CV = np.array([list(map(bool, texts)), [True] * len(texts)], np.int32)
+    return base.Spelling((tuple(_drop_prefix(text, True) for text in texts), texts), next_CV)
+
   def save(self, directory: str | os.PathLike) -> None:
     base.write_fields(directory, self._fields())
 

@@ -141,6 +141,15 @@ class WordTokenizer:
   def incremental_decoder(self) -> '_WordDecoder':
     return _WordDecoder(self._texts, self._before.tolist(), self._after.tolist(), self.special_ids.get('space', -1))
 
+  def spelling(self) -> base.Spelling:
+    """Two contexts: whether a space is expected after what came, should the next piece expect it too."""
+    texts = tuple(text.encode() for text in self._texts)
+    spaced = tuple(b' ' * before + text for before, text in zip(self._before.tolist(), texts, strict=True))
+    next_CV = np.tile(self._after.astype(np.int32), (2, 1))
+    if 'space' in self.special_ids:
+      next_CV[:, self.special_ids['space']] = [0, 1]
+    return base.Spelling((texts, spaced), next_CV)
+
   def pieces(self) -> list[str]:
     """What each id stands for, printable and distinct, in order of id."""
     words = (_PRINTED.get(word, word) for word in self._words)
