@@ -99,6 +99,8 @@ def test_the_ends_of_every_range_are_taken(field, value):
     ({'best_of': 2, 'num_samples': 3}, 'best_of=2 is below num_samples=3'),
     ({'best_of': 2, 'temperature': 0}, 'best_of=2 at temperature=0'),
     ({'best_of': -1}, 'best_of=-1'),
+    ({'stop_regex': '['}, r"stop_regex='\[' is not a regular expression"),
+    ({'stop_regex': 'a*'}, 'matches the empty text'),
   ],
 )
 def test_fields_that_contradict_each_other(fields, told):

@@ -225,3 +225,20 @@ def test_a_row_without_log_probabilities_does_not_tell_them():
   assert set(rows[1].row()) > {'log_probs', 'drawn_log_probs', 'entropies', 'alternatives'}
   assert math.isclose(rows[1].alternatives[0][0][1], max(value for _, value in rows[1].alternatives[0]))
   assert dataclasses.asdict(rows[0])['tokens'] == rows[1].tokens
+
+
+@pytest.mark.parametrize(
+  ('rule', 'expected'),
+  [
+    ({'stop_regex': '[0-9]k'}, lambda text: (text[: re.search('[0-9]k', text).start()], 'stop')),
+    ({'lines': 2}, lambda text: ('\n'.join(text.split('\n')[:2]), 'lines')),
+  ],
+)
+def test_a_text_ends_where_its_rule_has_it_end(rule, expected):
+  settings = Settings(max_new_tokens=400, seed=8)
+  free = write('lstm', ['a'], settings)[0].text
+  cut = write('lstm', ['a'], dataclasses.replace(settings, **rule))[0]
+  assert (cut.text, cut.finish_reason) == expected(free)
+  assert len(cut.text) < len(free)
+  pieces = list(generate.stream(*subject('lstm'), TOKENIZER, 'a', dataclasses.replace(settings, **rule)))
+  assert ''.join(pieces) == cut.text

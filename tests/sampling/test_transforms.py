@@ -117,6 +117,12 @@ def test_top_p_equals_a_sort(size, rows):
   assert compared >= 3
 
 
+def test_fewest_tokens_that_reach_exactly_p():
+  probs_BV = np.tile(np.array([0.125, 0.5, 0.125, 0.25], np.float32), (4, 1))
+  kept_BV = jax.jit(transforms._reaches)(probs_BV, probs_BV, np.array([0.5, 0.75, 0.7500001, 0], np.float32))
+  assert kept_BV.tolist() == [[False, True, False, False], [False, True, False, True], [True] * 4, [False, True, False, False]]
+
+
 def test_top_p_by_hand():
   logits_BV = np.log(np.array([[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]], np.float32))
   p_B = np.array([0.8, 0.6, 0.3], np.float32)
@@ -341,6 +347,7 @@ def test_typical_p_by_hand():
 
 def test_repetition_penalty_equals_brute_force():
   logits_BV, (past, _) = random_logits(12, ROWS, SIZE), random_history(12)
+  logits_BV[::4, :9] = 1e-40  # XLA takes it for 0, but not in a row that stays as it is
   penalty_B = some_off(np.random.default_rng(12).uniform(0.3, 3, ROWS), 1).astype(np.float32)
   out_BV = np.asarray(jax.jit(transforms.repetition_penalty)(logits_BV, past, penalty_B))
   expected_BV = logits_BV.copy()
@@ -348,14 +355,24 @@ def test_repetition_penalty_equals_brute_force():
     for token in set(tokens_L[:length].tolist()):
       logit = logits_BV[row, token]
       expected_BV[row, token] = logit * penalty_B[row] if logit < 0 else logit / penalty_B[row]
-  np.testing.assert_allclose(out_BV, expected_BV, rtol=1e-6)
+  np.testing.assert_allclose(out_BV, expected_BV, rtol=1e-6, atol=1e-37)
   assert unchanged(logits_BV, out_BV)[(penalty_B == 1) | (past.length_B == 0)].all()
   assert not unchanged(logits_BV, out_BV).all()
+
+
+def test_repetition_penalty_at_its_ends_is_finite():
+  logits_BV = np.tile(np.array([0, -0.0, 1, -1, -np.inf], np.float32), (3, 1))
+  past = history.History(np.zeros(3, np.int32), in_prompt_BV=np.ones((3, 5), bool), count_BV=np.zeros((3, 5), np.int32))
+  out_BV = np.asarray(jax.jit(transforms.repetition_penalty)(logits_BV, past, np.array([0, np.inf, 1e-45], np.float32)))
+  assert np.isfinite(out_BV[:, :4]).all()
+  assert (out_BV[:, 4] == -np.inf).all()
+  assert (out_BV[:, 2] > 1e30).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize('name', ['presence_penalty', 'frequency_penalty'])
 def test_penalties_on_drawn_tokens_equal_brute_force(name):
   logits_BV, (past, drawn) = random_logits(13, ROWS, SIZE), random_history(13)
+  logits_BV[::4, :9] = 1e-40
   penalty_B = some_off(np.random.default_rng(13).uniform(-2, 2, ROWS), 0).astype(np.float32)
   penalty_B[:5] = -0.0
   out_BV = np.asarray(jax.jit(getattr(transforms, name))(logits_BV, past, penalty_B))
@@ -395,6 +412,12 @@ def test_no_repeat_ngram_equals_brute_force():
   assert unchanged(logits_BV, out_BV)[n_B == 0].all()
   assert emptied > 5
   assert changed > 200
+
+
+def test_no_repeat_ngram_where_the_text_is_just_n_tokens_long():
+  past = history.History(np.full(3, 3), np.array([[3, 3, 3, 1], [3, 4, 3, 1], [3, 3, 3, 1]], np.int32), np.array([3, 3, 3], np.int32))
+  out_BV = jax.jit(transforms.no_repeat_ngram)(np.zeros((3, 5), np.float32), past, np.array([3, 3, 4], np.int32))
+  assert (np.asarray(out_BV) == -np.inf).tolist() == [[False] * 3 + [True, False], [False] * 5, [False] * 5]
 
 
 def test_no_ngram_comes_twice_in_a_text_drawn_under_it():

@@ -40,7 +40,8 @@ class Knobs(NamedTuple):
   @classmethod
   def of(cls, rows: Sequence[params_lib.SamplingParams], keys: Any, uses: 'Uses', vocab: 'Vocab') -> 'Knobs':
     def gather(name: str, dtype: Any) -> Any:
-      return np.array([getattr(row, name) for row in rows], dtype)
+      values = np.array([getattr(row, name) for row in rows], np.float64 if dtype is np.float32 else dtype)
+      return np.clip(values, -1e30, 1e30).astype(dtype) if dtype is np.float32 else values  # float32 ends at 3e38, and 0 * inf is NaN
 
     def mark(ids_of: Callable[[params_lib.SamplingParams], Sequence[int]]) -> Any:
       marked_BV = np.zeros((len(rows), vocab.size), bool)

@@ -6,7 +6,6 @@ A row's text depends on its prompt, settings and sample index alone, not on its 
 up to the rounding of logits.
 """
 
-import bisect
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 
 from textgen_jax import errors
 from textgen_jax.models import base
-from textgen_jax.sampling import constraint, decode
+from textgen_jax.sampling import constraint, decode, stopping
 from textgen_jax.sampling import sampler as sampler_lib
 from textgen_jax.sampling.params import SamplingParams
 from textgen_jax.text import base as text_base
@@ -27,11 +26,12 @@ class Completion:
   """What became of one row. Log-probabilities and entropies are in nats, one a token; None where they weren't asked for."""
 
   prompt: str
-  text: str  # generated, without the prompt and without the stop text
-  tokens: list[int]  # generated ids, to the one that completes the stop text or ends the document
+  text: str  # generated, without the prompt, and cut where a stop rule has it end
+  tokens: list[int]  # generated ids, to the one that completes a stop rule or ends the document
   sample_index: int
   seed: int
-  finish_reason: str  # length | stop (a stop text or token) | end (of the document) | log_prob (fell below min_log_prob)
+  # length | stop (stop, stop_regex or stop_tokens) | lines | sentences | end (of the document) | log_prob (below min_log_prob)
+  finish_reason: str
   log_probs: list[float] | None = None  # under the model's own distribution
   drawn_log_probs: list[float] | None = None  # under the distribution that was drawn from; 0 where the likeliest was taken
   entropies: list[float] | None = None  # of the model's own distribution
@@ -98,7 +98,7 @@ def stream(
   for _ in rows:
     if text.stopped:
       break
-    ready = max(shown, len(text.text) - text.longest_stop + 1)  # a stop text may have begun at the end
+    ready = max(shown, text.ready())
     yield text.text[shown:ready]
     shown = ready
   yield text.text[shown:]
@@ -117,7 +117,7 @@ class _Rows:
     sample_indices: Sequence[int],
     transforms: Sequence[decode.Transform],
   ):
-    self._settings = settings
+    self._settings, self._end_of_text = settings, tokenizer.special_ids['end_of_text']
     vocab = vocab_of(model, params, tokenizer)
     for one in dict.fromkeys(settings):
       _check_ids(one, tokenizer)
@@ -125,7 +125,7 @@ class _Rows:
     negatives = None
     if any(one.guidance != 1 for one in settings):
       negatives = [prompt_ids(tokenizer, one.negative_prompt, one.begins_document) for one in settings]
-    self.texts = [_Text(tokenizer, prompt, one) for prompt, one in zip(prompts, settings, strict=True)]
+    self.texts = [stopping.Text(tokenizer, prompt, one) for prompt, one in zip(prompts, settings, strict=True)]
     self._seen = [sampler_lib.Segment([], [], [], [], []) for _ in settings]
     self._sampler = sampler_lib.Sampler(
       model, params, prompts, settings, sample_indices, vocab, negatives=negatives, constraints=constraints, transforms=transforms
@@ -144,10 +144,8 @@ class _Rows:
 
   def completion(self, row: int, prompt: str, sample_index: int) -> Completion:
     text, seen, settings = self.texts[row], self._seen[row], self._settings[row]
-    size, reason = len(text.ids), text.finish_reason
-    if reason == 'length' and sum(seen.log_probs) < settings.min_log_prob:
-      reason = 'log_prob'
-    made = Completion(prompt, text.text, text.ids, sample_index, settings.seed, reason)
+    reason = finish_reason(text, seen, settings, self._end_of_text)
+    made, size = Completion(prompt, text.text, text.ids, sample_index, settings.seed, reason), len(text.ids)
     if settings.log_probs or settings.best_of:
       made.log_probs, made.drawn_log_probs, made.entropies = seen.log_probs[:size], seen.drawn_log_probs[:size], seen.entropies[:size]
     if settings.alternatives:
@@ -194,63 +192,15 @@ def _constraints(
   return constraints
 
 
-class _Text:
-  """One row's ids, and their text up to the stop text that is completed first, wherever segments end."""
-
-  def __init__(self, tokenizer: text_base.Tokenizer, prompt: Sequence[int], settings: SamplingParams):
-    self._tokenizer, self._prompt, self._settings, self._stop = tokenizer, prompt, settings, settings.stop
-    self._decoder = self._new_decoder()
-    self.longest_stop = max(map(len, self._stop), default=1)
-    self.ids: list[int] = []
-    self.text = ''
-    self.stopped = False
-
-  @property
-  def finish_reason(self) -> str:
-    if self.stopped:
-      return 'stop'
-    if not self.ids:
-      return 'length'
-    if self.ids[-1] in self._settings.stop_tokens:
-      return 'stop'
-    may_end = self._settings.stop_at_end or constraint.wanted(self._settings)
-    return 'end' if may_end and self.ids[-1] == self._tokenizer.special_ids['end_of_text'] else 'length'
-
-  def feed(self, ids: Sequence[int]) -> None:
-    self.ids += ids
-    self._add(self._decoder.feed(ids))
-
-  def flush(self) -> None:
-    """Adds what the end of the stream leaves; nothing where a stop text ended it before."""
-    if not self.stopped:
-      self._add(self._decoder.flush())
-
-  def _add(self, new: str) -> None:
-    searched = max(0, len(self.text) - self.longest_stop + 1)
-    self.text += new
-    if find_stop(self.text[searched:], self._stop) is None:
-      return
-    self.stopped = True
-    # A whole segment came at once: which of its ids completed a stop text?
-    size = bisect.bisect_left(range(len(self.ids)), True, key=lambda n: find_stop(self._text_of(n), self._stop) is not None)
-    if size < len(self.ids):
-      self.ids, self.text = self.ids[:size], self._text_of(size)
-    self.text = self.text[: find_stop(self.text, self._stop)]
-
-  def _text_of(self, size: int) -> str:
-    return self._new_decoder().feed(self.ids[:size])
-
-  def _new_decoder(self) -> text_base.IncrementalDecoder:
-    """One that has read the prompt: a word's leading space depends on what it follows."""
-    decoder = self._tokenizer.incremental_decoder()
-    decoder.feed(self._prompt)
-    return decoder
-
-
-def find_stop(text: str, stop: Sequence[str]) -> int | None:
-  """Where the first stop text begins; None without one."""
-  found = [at for s in stop if (at := text.find(s)) >= 0]
-  return min(found) if found else None
+def finish_reason(text: stopping.Text, seen: sampler_lib.Segment, settings: SamplingParams, end_of_text: int) -> str:
+  """Why a row has no more tokens."""
+  if text.stopped:
+    return text.stopped
+  if text.ids and text.ids[-1] in settings.stop_tokens:
+    return 'stop'
+  if text.ids[-1:] == [end_of_text] and (settings.stop_at_end or constraint.wanted(settings)):
+    return 'end'
+  return 'log_prob' if sum(seen.log_probs) < settings.min_log_prob else 'length'
 
 
 def prompt_ids(tokenizer: text_base.Tokenizer, prompt: str, begins_document: bool = False) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from textgen_jax import errors
+from textgen_jax.sampling import stopping
 
 MAX_STOP_TOKENS = 64
 MAX_ALTERNATIVES = 64
@@ -38,6 +39,9 @@ class SamplingParams:
   best_of: int = 0  # draw so many, and keep the num_samples likeliest; 0: keep all that are drawn
   length_penalty: float = 1.0  # best_of ranks by log-probability / tokens ** this; 0: by log-probability
   stop: tuple[str, ...] = ()  # a text ends before the first of these
+  stop_regex: str = ''  # a text ends before the first match of this expression; empty: none
+  lines: int = 0  # a text is so many whole lines; 0: it goes on
+  sentences: int = 0  # a text is so many whole sentences; 0: it goes on
   stop_tokens: tuple[int, ...] = ()  # a text ends with the first of these ids
   min_log_prob: float = -math.inf  # a text ends where its log-probability (nats, in all) falls below this
   begins_document: bool = False  # the prompt is a document's beginning, which end_of_text stands before in training
@@ -86,10 +90,14 @@ class SamplingParams:
       need(name, all(value), 'made of texts with at least one character')
     need('stop_tokens', all(map(_is_id, self.stop_tokens)), 'made of token ids')
     need('stop_tokens', len(self.stop_tokens) <= MAX_STOP_TOKENS, f'at most {MAX_STOP_TOKENS} ids')
+    whole('lines', 0, 2**31, 'at least 0 and below 2**31')
+    whole('sentences', 0, 2**31, 'at least 0 and below 2**31')
     need('min_log_prob', self.min_log_prob < 0, 'below 0')
     whole('alternatives', 0, MAX_ALTERNATIVES + 1, f'in [0, {MAX_ALTERNATIVES}]')
     for name in ('stop', 'choices', 'logit_bias', 'banned_tokens', 'stop_tokens'):  # a list isn't hashable
       object.__setattr__(self, name, tuple(getattr(self, name)))
+    if self.stop_regex:
+      stopping.compile_regex(self.stop_regex)
     self._agree()
 
   def _agree(self) -> None:
