@@ -42,7 +42,7 @@ def _define_flags() -> flags.FlagValues:
   define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
   for field in dataclasses.fields(params.SamplingParams):
     if field.type in define and field.name != 'begins_document':
-      define[field.type](field.name, field.default, comments.get(field.name, 'at most so many'), flag_values=values)
+      define[field.type](field.name, field.default, comments[field.name], flag_values=values)
   for name in ('stop', 'choices'):
     flags.DEFINE_multi_string(name, [], comments[name] + '; may be repeated', flag_values=values)
   for name in ('stop_tokens', 'banned_tokens'):

@@ -17,7 +17,7 @@ MAX_ALTERNATIVES = 64
 class SamplingParams:
   """How tokens are drawn and when a text ends. The order is `transforms`'; each field may differ from row to row."""
 
-  max_new_tokens: int = 200
+  max_new_tokens: int = 200  # as many as wanted, past the trained context too
   temperature: float = 1.0  # logits are divided by it: low is safe, high is wild, 0 is the likeliest token always
   top_k: int = 0  # draw among the k likeliest tokens; 0: all
   top_p: float = 1.0  # draw among the fewest tokens that hold this much probability; 1: all
@@ -34,7 +34,7 @@ class SamplingParams:
   negative_prompt: str = ''  # what guidance leads away from; empty: what stands before a document
   regex: str = ''  # the text matches this expression, in full; empty: it's free
   choices: tuple[str, ...] = ()  # the text is one of these; none: it's free
-  seed: int = 0
+  seed: int = 0  # another seed, another text
   num_samples: int = 1  # of each prompt
   best_of: int = 0  # draw so many, and keep the num_samples likeliest; 0: keep all that are drawn
   length_penalty: float = 1.0  # best_of ranks by log-probability / tokens ** this; 0: by log-probability
