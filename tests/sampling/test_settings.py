@@ -230,7 +230,7 @@ def test_a_row_without_log_probabilities_does_not_tell_them():
 @pytest.mark.parametrize(
   ('rule', 'expected'),
   [
-    ({'stop_regex': '[0-9]k'}, lambda text: (text[: re.search('[0-9]k', text).start()], 'stop')),
+    ({'stop_regex': 'c[0-9]'}, lambda text: (text[: re.search('c[0-9]', text).start()], 'stop')),
     ({'lines': 2}, lambda text: ('\n'.join(text.split('\n')[:2]), 'lines')),
   ],
 )
