@@ -6,10 +6,8 @@ Results go to stdout (or --output), diagnostics to stderr. Equal flags give equa
 """
 
 import dataclasses
-import inspect
 import json
 import pathlib
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -37,8 +35,7 @@ def _define_flags() -> flags.FlagValues:
   }
   for name, (default, help_text) in text.items():
     flags.DEFINE_string(name, default, help_text, flag_values=values)
-  # A setting is explained in one place, the comment beside its field.
-  comments = dict(re.findall(r'^  (\w+): .*?  # (.*)$', inspect.getsource(params.SamplingParams), re.MULTILINE))
+  comments = command_line.field_comments(params.SamplingParams)
   define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
   for field in dataclasses.fields(params.SamplingParams):
     if field.type in define and field.name != 'begins_document':
@@ -108,7 +105,6 @@ def _main(argv: Sequence[str]) -> None:
 
 def _settings(values: flags.FlagValues) -> params.SamplingParams:
   taken = {field.name: getattr(values, field.name) for field in dataclasses.fields(params.SamplingParams)}
-  taken.update({name: tuple(taken[name]) for name in ('stop', 'choices')})
   for name in ('stop_tokens', 'banned_tokens'):
     taken[name] = tuple(_number(name, one, int) for one in taken[name])
   pairs = [one.partition(':') for one in taken['logit_bias']]

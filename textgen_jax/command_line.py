@@ -174,14 +174,18 @@ def _check_override(config: Any, override: str) -> None:
     raise errors.UserError(f'{path} is a group of fields: set one of {members}')
 
 
+def field_comments(cls: type) -> dict[str, str]:
+  """What the comments beside a dataclass's fields say: a field is explained in one place."""
+  return dict(re.findall(r'^  (\w+): .*?  # (.*)$', inspect.getsource(cls), re.MULTILINE))
+
+
 def config_help(config: experiment_lib.Experiment) -> str:
   """The whole tree, a line a field: how to set it, its value, its type and what it means."""
   lines = []
 
   def walk(node: Any, prefix: str) -> None:
     hints = typing.get_type_hints(type(node))
-    # A field is explained in one place, the comment beside it.
-    comments = dict(re.findall(r'^  (\w+): .*?  # (.*)$', inspect.getsource(type(node)), re.MULTILINE))
+    comments = field_comments(type(node))
     for field in dataclasses.fields(node):
       value = getattr(node, field.name)
       if dataclasses.is_dataclass(value):

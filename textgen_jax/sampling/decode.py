@@ -88,8 +88,9 @@ class Vocab(NamedTuple):
 
   def ends(self, row: params_lib.SamplingParams) -> list[int]:
     """The ids that end a row."""
-    ended = self.end_of_text is not None and (row.stop_at_end or constraint.wanted(row))
-    return [*row.stop_tokens, *([self.end_of_text] if ended and self.end_of_text is not None else [])]
+    if self.end_of_text is None or not (row.stop_at_end or constraint.wanted(row)):
+      return list(row.stop_tokens)
+    return [*row.stop_tokens, self.end_of_text]
 
   def banned(self, row: params_lib.SamplingParams) -> list[int]:
     """The ids that a row never draws."""
@@ -333,8 +334,7 @@ def decode(
 
   batch = rows.token_B.shape[0]
   first = (jnp.zeros((), jnp.int32), cache, rows, new_trace(batch, size, uses), jnp.ones((batch,), bool))
-  goes_on = lambda carry: (carry[0] < limit) & ~carry[2].done_B.all()  # noqa: E731
-  _, cache, rows, trace, sound_B = jax.lax.while_loop(goes_on, body, first)
+  _, cache, rows, trace, sound_B = jax.lax.while_loop(lambda carry: (carry[0] < limit) & ~carry[2].done_B.all(), body, first)
   return cache, rows, trace, sound_B
 
 

@@ -117,18 +117,18 @@ class _Rows:
     sample_indices: Sequence[int],
     transforms: Sequence[decode.Transform],
   ):
-    self._settings, self._end_of_text = settings, tokenizer.special_ids['end_of_text']
-    vocab = vocab_of(model, params, tokenizer)
+    self._settings, self._vocab = settings, vocab_of(model, params, tokenizer)
     for one in dict.fromkeys(settings):
-      _check_ids(one, tokenizer)
-    constraints = _constraints(tokenizer, prompts, settings, vocab.size)
+      _check_ids(one, tokenizer.vocab_size, self._vocab)
+    table, states = _constraints(tokenizer, prompts, settings, self._vocab.size)
     negatives = None
     if any(one.guidance != 1 for one in settings):
-      negatives = [prompt_ids(tokenizer, one.negative_prompt, one.begins_document) for one in settings]
+      encoded = {one: prompt_ids(tokenizer, one.negative_prompt, one.begins_document) for one in dict.fromkeys(settings)}
+      negatives = [encoded[one] for one in settings]
     self.texts = [stopping.Text(tokenizer, prompt, one) for prompt, one in zip(prompts, settings, strict=True)]
     self._seen = [sampler_lib.Segment([], [], [], [], []) for _ in settings]
     self._sampler = sampler_lib.Sampler(
-      model, params, prompts, settings, sample_indices, vocab, negatives=negatives, constraints=constraints, transforms=transforms
+      model, params, prompts, settings, sample_indices, self._vocab, negatives=negatives, table=table, states=states, transforms=transforms
     )
 
   def __iter__(self) -> Iterator[None]:
@@ -144,7 +144,7 @@ class _Rows:
 
   def completion(self, row: int, prompt: str, sample_index: int) -> Completion:
     text, seen, settings = self.texts[row], self._seen[row], self._settings[row]
-    reason = finish_reason(text, seen, settings, self._end_of_text)
+    reason = finish_reason(text, seen, settings, self._vocab)
     made, size = Completion(prompt, text.text, text.ids, sample_index, settings.seed, reason), len(text.ids)
     if settings.log_probs or settings.best_of:
       made.log_probs, made.drawn_log_probs, made.entropies = seen.log_probs[:size], seen.drawn_log_probs[:size], seen.entropies[:size]
@@ -164,15 +164,13 @@ def vocab_of(model: base.LanguageModel, params: Any, tokenizer: text_base.Tokeni
   return decode.Vocab(jax.eval_shape(logits, params).shape[-1], special['end_of_text'], special.get('unknown'))
 
 
-def _check_ids(settings: SamplingParams, tokenizer: text_base.Tokenizer) -> None:
-  size = tokenizer.vocab_size
+def _check_ids(settings: SamplingParams, size: int, vocab: decode.Vocab) -> None:
   named = {'logit_bias': [i for i, _ in settings.logit_bias], 'banned_tokens': settings.banned_tokens, 'stop_tokens': settings.stop_tokens}
   for name, ids in named.items():
     wrong = [i for i in ids if i >= size]
     if wrong:
       raise errors.UserError(f'{name}: {wrong[0]} is not an id in the vocabulary [0, {size})')
-  unknown = tokenizer.special_ids.get('unknown')
-  if len({*settings.banned_tokens, *([] if settings.allow_unknown or unknown is None else [unknown])}) >= size:
+  if len(set(vocab.banned(settings))) >= size:
     raise errors.UserError(f'banned_tokens: each of the {size} tokens is banned')
   if settings.alternatives > size:
     raise errors.UserError(f'alternatives={settings.alternatives} is above the {size} tokens that there are')
@@ -180,26 +178,25 @@ def _check_ids(settings: SamplingParams, tokenizer: text_base.Tokenizer) -> None
 
 def _constraints(
   tokenizer: text_base.Tokenizer, prompts: Sequence[Sequence[int]], settings: Sequence[SamplingParams], size: int
-) -> constraint.Constraints | None:
-  """The rows' constraints, checked to leave each of them a text that is short enough; None where no row has one."""
+) -> tuple[constraint.Table | None, list[int]]:
+  """The rows' constraints and first states, checked to leave each a text that is short enough; None where no row has one."""
   if not any(map(constraint.wanted, settings)):
-    return None
+    return None, []
   constraints = constraint.compile_constraints(tokenizer, [(one.regex, one.choices) for one in settings], size)
-  for i, (prompt, one) in enumerate(zip(prompts, settings, strict=True)):
-    fewest = constraints.fewest_tokens(constraints.start(i, prompt))
+  states = [constraints.start(i, prompt) for i, prompt in enumerate(prompts)]
+  for state, one in zip(states, settings, strict=True):
+    fewest = constraints.fewest_tokens(state)
     if fewest > one.max_new_tokens:
       raise errors.UserError(f'max_new_tokens={one.max_new_tokens} is below {fewest}, which the shortest text of regex or choices takes')
-  return constraints
+  return constraints.table, states
 
 
-def finish_reason(text: stopping.Text, seen: sampler_lib.Segment, settings: SamplingParams, end_of_text: int) -> str:
+def finish_reason(text: stopping.Text, seen: sampler_lib.Segment, settings: SamplingParams, vocab: decode.Vocab) -> str:
   """Why a row has no more tokens."""
   if text.stopped:
     return text.stopped
-  if text.ids and text.ids[-1] in settings.stop_tokens:
-    return 'stop'
-  if text.ids[-1:] == [end_of_text] and (settings.stop_at_end or constraint.wanted(settings)):
-    return 'end'
+  if text.ids and text.ids[-1] in vocab.ends(settings):
+    return 'stop' if text.ids[-1] in settings.stop_tokens else 'end'
   return 'log_prob' if sum(seen.log_probs) < settings.min_log_prob else 'length'
 
 

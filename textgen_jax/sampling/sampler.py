@@ -50,7 +50,8 @@ class Sampler:
     sample_indices: tell apart rows of one prompt and seed.
     vocab: the ids that mean something to the sampler.
     negatives: ids of each row's negative prompt, at least one; read where any row's guidance isn't 1.
-    constraints: of the rows whose settings want one.
+    table: of the rows' constraints (`constraint.Table`); None where no row has one.
+    states: in which of the table's states each row begins.
     transforms: the caller's own, `(logits_BV, history) -> logits_BV`, applied before the temperature.
     segment: tokens drawn between two looks at the host.
   """
@@ -65,24 +66,24 @@ class Sampler:
     vocab: decode.Vocab,
     *,
     negatives: Sequence[Sequence[int]] | None = None,
-    constraints: constraint.Constraints | None = None,
+    table: constraint.Table | None = None,
+    states: Sequence[int] = (),
     transforms: Sequence[decode.Transform] = (),
     segment: int = SEGMENT,
   ):
     self._model, self._params, self._segment, self._vocab = model, params, segment, vocab
-    self._settings, self._uses = list(settings), decode.Uses.of(settings, vocab, transforms)
+    self._uses = decode.Uses.of(settings, vocab, transforms)
     others = negatives if negatives is not None and self._uses.guidance else [None] * len(prompts)
     self._rows = [
       _Row(one, [_Line(list(ids)) for ids in (prompt, other) if ids is not None], done=one.max_new_tokens == 0)
       for prompt, other, one in zip(prompts, others, settings, strict=True)
     ]
-    self._prompts = [list(prompt) for prompt in prompts]
     hashes = [int.from_bytes(hashlib.sha256(np.asarray(p, '<u4').tobytes()).digest()[:4], 'little') for p in prompts]
     seeds = np.array([one.seed for one in settings], np.uint32)
     keys = decode.row_keys(seeds, np.array(hashes, np.uint32), np.array(sample_indices, np.uint32)) if len(prompts) else None
     self._keys = np.asarray(keys)
-    self._constraints = constraints
-    self._table = None if constraints is None else constraints.table
+    self._table = None if table is None else decode.beside(params, table)  # once: it may be large
+    self._states = list(states)
     self._cache: Any = None
     self._state: Any = None  # decode.Rows
     self._batch: list[int] = []  # which row each line of the state belongs to
@@ -107,8 +108,8 @@ class Sampler:
       yield self._draw(limit)
 
   def _first_state(self, batch: list[int]) -> decode.Rows:
-    settings, uses = [self._settings[i] for i in batch], self._uses
-    prompts = [self._prompts[i] for i in batch]
+    settings, uses = [self._rows[i].params for i in batch], self._uses
+    prompts = [self._rows[i].lines[0].history for i in batch]  # nothing is drawn yet
     history = history_lib.History(drawn_B=jnp.zeros(len(batch), jnp.int32))
     if uses.tokens:
       room = max(len(prompt) + one.max_new_tokens for prompt, one in zip(prompts, settings, strict=True))
@@ -119,8 +120,8 @@ class Sampler:
     if uses.counts:
       in_prompt_BV = jnp.asarray(history_lib.in_prompts(prompts, self._vocab.size))
       history = history._replace(in_prompt_BV=in_prompt_BV, count_BV=jnp.zeros(in_prompt_BV.shape, jnp.int32))
-    if self._constraints is not None:
-      history = history._replace(state_B=jnp.array([self._constraints.start(i, self._prompts[i]) for i in batch]))
+    if uses.constraint:
+      history = history._replace(state_B=jnp.array([self._states[i] for i in batch]))
     last = [[line.history[-1] for line in self._rows[i].lines] for i in batch]
     state = decode.Rows(
       token_B=jnp.array([tokens[0] for tokens in last]),
