@@ -229,11 +229,60 @@ def test_a_grown_cache_keeps_its_content(config, random_params):
 
 
 @every_config
+@pytest.mark.parametrize('chunk', CHUNKS[1:])
+def test_rewinding_equals_never_having_read(config, chunk, random_params):
+  """Each row takes back another number of places, twice, invalid ones among them."""
+  model = make(config)
+  params, old_BT, new_BT = random_params(model), random_tokens(0, (B, 6)), random_tokens(5, (B, 4))
+  valid_BT = np.ones((B, 6), bool)
+  valid_BT[0, 4] = valid_BT[1, 2] = False
+  for steps in ([0, 1, 3], [2, 0, 1], [3, 3, 3]):
+    _, cache = feed(model, params, model.init_cache(B, 13, 3), old_BT, valid_BT, chunk=chunk)
+    cache = jax.jit(model.rewind)(cache, np.array(steps))
+    histories = [old_BT[b, : 6 - back][valid_BT[b, : 6 - back]] for b, back in enumerate(steps)]
+    (actual,), cache = feed(model, params, cache, new_BT[:, :3])
+    expected = alone(model, params, [[*old, *new[:3]] for old, new in zip(histories, new_BT, strict=True)])
+    assert_close(actual, [logits[-3:] for logits in expected])
+    (actual,), _ = feed(model, params, model.rewind(cache, np.array([3, 2, 3])), new_BT[:, 3:])
+    kept = [[*old, *new[:size], new[3]] for old, new, size in zip(histories, new_BT, [0, 1, 0], strict=True)]
+    assert_close(actual[:, 0], [logits[-1] for logits in alone(model, params, kept)])
+
+
+@every_config
+def test_rewinding_nothing_changes_nothing(config, random_params):
+  model = make(config)
+  _, cache = feed(model, random_params(model), model.init_cache(B, 12, 2), random_tokens())
+  jax.tree.map(np.testing.assert_array_equal, model.rewind(cache, np.zeros(B, np.int32)), cache)
+
+
+@rotary_configs
+@pytest.mark.parametrize('ahead', [1, 3])
+def test_a_ring_keeps_its_window_while_each_chunk_is_taken_back_in_part(config, ahead, random_params):
+  """As speculation does: a row alone reads ahead + 1 tokens, and keeps from none to all of them."""
+  window, time = 4, 16
+  model = make(config, context_length=window)
+  params, tokens_BT = random_params(model), random_tokens(0, (1, time))
+  whole_TV = read(model, params, tokens_BT)[0]
+  cache, done, rng = model.init_cache(1, window + ahead, ahead + 1), 0, np.random.default_rng(ahead)
+  while done + ahead < time:
+    kept = int(rng.integers(ahead + 2))
+    guessed_T = random_tokens(done, (ahead + 1,))
+    guessed_T[:kept] = tokens_BT[0, done : done + kept]
+    (logits_BTV,), cache = feed(model, params, cache, guessed_T[None], chunk=ahead + 1)
+    assert_close(logits_BTV[0, :kept], whole_TV[done : done + kept])
+    cache, done = model.rewind(cache, np.array([ahead + 1 - kept])), done + kept
+
+
+@every_config
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_every_cache_leaf_leads_with_the_batch_and_keeps_its_type(config, dtype, random_params):
   model = make(config, compute_dtype=dtype)
   cache = jax.eval_shape(lambda: model.init_cache(5, 7))
-  assert all(leaf.shape[0] == 5 for leaf in jax.tree.leaves(cache))
+  rewound = jax.eval_shape(lambda: model.rewind(model.init_cache(5, 7, 2), jnp.zeros(5, jnp.int32)))
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), rewound) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), jax.eval_shape(lambda: model.init_cache(5, 7, 2))
+  )
+  assert all(leaf.shape[0] == 5 for leaf in jax.tree.leaves([cache, rewound]))
   assert all(leaf.shape[0] == 5 for leaf in jax.tree.leaves(jax.eval_shape(lambda: model.grow_cache(model.init_cache(5, 7), 11))))
   params = random_params(model)
   for time in (1, 3):  # so that a cache can be the state of a compiled loop
@@ -244,7 +293,7 @@ def test_every_cache_leaf_leads_with_the_batch_and_keeps_its_type(config, dtype,
 
 @every_config
 def test_a_fresh_cache_can_be_donated(config):
-  pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(make(config).init_cache(B, 4))]
+  pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(make(config).init_cache(B, 4, 2))]
   assert len(set(pointers)) == len(pointers)
 
 

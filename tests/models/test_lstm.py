@@ -11,7 +11,7 @@ def test_one_step_by_hand():
   params = {'input': {'kernel': np.array([[1.0, 2.0, 3.0, 4.0]]), 'bias': np.array([0.1, 0.2, 0.3, 0.4])}}
   params['recurrent_kernel'] = np.array([[-1.0, -2.0, -3.0, -4.0]])
   x_TBD, h_BD, c_BD = np.array([[[0.5], [0.0]]]), np.array([[0.2], [0.0]]), np.array([[-0.7], [2.0]])
-  y_TBD, (h, c) = layer.apply({'params': params}, x_TBD, (h_BD, c_BD), None, None, True)
+  y_TBD, (h, c), _ = layer.apply({'params': params}, x_TBD, (h_BD, c_BD), None, None, True)
 
   def sigmoid(x):
     return 1 / (1 + np.exp(-x))
@@ -34,7 +34,7 @@ def test_recurrent_dropout_keeps_one_mask_a_sequence():
   params = {'input': {'kernel': np.zeros((dim, 4 * dim), np.float32), 'bias': bias}, 'recurrent_kernel': recurrent}
   carry = (np.full((2, dim), 0.5, np.float32), np.zeros((2, dim), np.float32))
   x_TBD = np.zeros((time, 2, dim), np.float32)
-  y_TBD, _ = layer.apply({'params': params}, x_TBD, carry, None, None, False, rngs={'dropout': jax.random.PRNGKey(0)})
+  y_TBD, _, _ = layer.apply({'params': params}, x_TBD, carry, None, None, False, rngs={'dropout': jax.random.PRNGKey(0)})
   alive = np.asarray(y_TBD) > 1e-3
   np.testing.assert_array_equal(alive, np.broadcast_to(alive[0], alive.shape))
   assert 0.3 < alive[0].mean() < 0.7

@@ -124,7 +124,7 @@ def test_lstm(steps):
     run = jax.jit(lambda x_TBD, carry, params=params: layer.apply({'params': params}, x_TBD, carry, None, None, True))
     carry, parts = (h0[n], c0[n]), []
     for low in range(0, 17, steps):
-      y_TBD, carry = run(x_TBD[low : low + steps], carry)
+      y_TBD, carry, _ = run(x_TBD[low : low + steps], carry)
       parts.append(y_TBD)
     x_TBD = np.concatenate(parts)
     np.testing.assert_allclose(carry[0], hn[n], rtol=0, atol=1e-5)

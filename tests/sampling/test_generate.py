@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from textgen_jax import errors
 from textgen_jax.models import build, lstm, transformer
-from textgen_jax.sampling import decode, generate, params, sampler
+from textgen_jax.sampling import decode, generate, params, reader, sampler
 from textgen_jax.sampling import history as history_lib
 from textgen_jax.text import base, byte, char, word
 
@@ -105,7 +105,7 @@ def test_the_cache_changes_nothing(name, settings):
 def test_prompts_longer_than_a_chunk(name):
   one = subject(name)
   prompt = 'abcdefghijk' * 30
-  assert len(prompt) > sampler.MAX_CHUNK
+  assert len(prompt) > reader.MAX_CHUNK
   settings = Settings(seed=1, max_new_tokens=5)
   for completion in one.generate([prompt, 'cab', 'k'], settings):
     assert completion.tokens == one.reference(completion.prompt, settings)

@@ -2,11 +2,12 @@
 
 A model is a linen module with these methods:
 
-  cache = model.init_cache(batch, length)
+  cache = model.init_cache(batch, length, rewinds=0)
   hidden_BTD, cache = model.apply(variables, tokens_BT, cache=None, valid_BT=None, starts_BT=None,
                                   deterministic=True, rngs=...)
   logits_BTV = model.apply(variables, hidden_BTD, method='unembed')
   cache = model.grow_cache(cache, length)
+  cache = model.rewind(cache, steps_B)
 
 `tokens_BT` are ids, `valid_BT` is False where a token is padding and must leave no
 trace (its id must still be one of the vocabulary), `starts_BT` is True at a document's
@@ -14,6 +15,8 @@ first token: nothing before it is seen.
 `deterministic=False` turns dropout on and needs `rngs={'dropout': key}`. Without a
 cache the call starts from nothing and returns None in its place; with one it goes on
 where the cache stands. A cache is a pytree whose every leaf leads with B.
+`rewind` takes back each row's last `steps_B` places, valid or not, none of which may
+start a document: at most `rewinds` of them since the cache was begun or rewound.
 `unembed` gives -inf to the ids that only pad the vocabulary. Two methods more:
 `init_everything(tokens_BT)`, for `init`, touches every parameter, and
 `mixing_flops_per_token(length)` counts forward operations between tokens.
@@ -57,9 +60,11 @@ class LanguageModel(Protocol):
 
   def apply(self, *args: Any, **kwargs: Any) -> Any: ...
 
-  def init_cache(self, batch: int, length: int) -> Cache: ...
+  def init_cache(self, batch: int, length: int, rewinds: int = 0) -> Cache: ...
 
   def grow_cache(self, cache: Cache, length: int) -> Cache: ...
+
+  def rewind(self, cache: Cache, steps_B: jax.Array) -> Cache: ...
 
   def mixing_flops_per_token(self, length: int) -> int: ...
 

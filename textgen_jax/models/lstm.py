@@ -29,10 +29,12 @@ class LSTMConfig:
 
 @struct.dataclass
 class LSTMCache:
-  """The carry of N layers, in float32."""
+  """The carry of N layers, in float32, and those of the R places before, the oldest first, for `rewind`."""
 
   hidden_BND: jax.Array
   cell_BND: jax.Array
+  past_hidden_BRND: jax.Array | None = None
+  past_cell_BRND: jax.Array | None = None
 
 
 class LSTMLayer(nn.Module):
@@ -47,8 +49,9 @@ class LSTMLayer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_TBD: jax.Array, carry: tuple[jax.Array, jax.Array], valid_TB: Any, starts_TB: Any, deterministic: bool
-  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    self, x_TBD: jax.Array, carry: tuple[jax.Array, jax.Array], valid_TB: Any, starts_TB: Any, deterministic: bool, keeps: bool = False
+  ) -> tuple[jax.Array, Any, Any]:
+    """Outputs, the last carry, and the carries after each time where it `keeps` them."""
     c = self.config
     names = (axes.EMBED, axes.GATES)
     # The input's products for all times at once; only the recurrence is left to the loop.
@@ -59,7 +62,7 @@ class LSTMLayer(nn.Module):
     if c.recurrent_dropout and not deterministic:
       keep_BD = jax.random.bernoulli(self.make_rng('dropout'), 1 - c.recurrent_dropout, carry[0].shape) / (1 - c.recurrent_dropout)
 
-    def step(carry: tuple[jax.Array, jax.Array], inputs: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def step(carry: tuple[jax.Array, jax.Array], inputs: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
       x_gates, valid_B, starts_B = inputs
       hidden_BD, cell_BD = carry
       if starts_B is not None:
@@ -72,10 +75,11 @@ class LSTMLayer(nn.Module):
       if valid_B is not None:  # an invalid token's start goes with it
         new_cell_BD = jnp.where(valid_B[:, None], new_cell_BD, carry[1])
         new_hidden_BD = jnp.where(valid_B[:, None], new_hidden_BD, carry[0])
-      return (new_hidden_BD, new_cell_BD), new_hidden_BD.astype(self.dtype)
+      carry = new_hidden_BD, new_cell_BD
+      return carry, (new_hidden_BD.astype(self.dtype), carry if keeps else None)
 
-    carry, y_TBD = jax.lax.scan(step, carry, (gates, valid_TB, starts_TB))
-    return y_TBD, carry
+    carry, (y_TBD, carries_T) = jax.lax.scan(step, carry, (gates, valid_TB, starts_TB))
+    return y_TBD, carry, carries_T
 
 
 class LSTM(nn.Module):
@@ -113,15 +117,26 @@ class LSTM(nn.Module):
     # Time first, once for all layers: the loop reads its inputs a step at a time.
     x_TBD = self.constrain(self.embed(tokens_BT.T), (axes.TIME, axes.BATCH, None))
     x_TBD = self.input_dropout(x_TBD, deterministic=deterministic)
-    carries = []
+    carries, passed = [], []
+    keeps = state.past_hidden_BRND is not None
     for n, layer in enumerate(self.layer):
-      x_TBD, carry = layer(x_TBD, (state.hidden_BND[:, n], state.cell_BND[:, n]), valid_TB, starts_TB, deterministic)
+      x_TBD, carry, carries_T = layer(x_TBD, (state.hidden_BND[:, n], state.cell_BND[:, n]), valid_TB, starts_TB, deterministic, keeps)
       x_TBD = self.output_dropout(x_TBD, deterministic=deterministic)
       carries.append(carry)
+      passed.append(carries_T)
     hidden_BTD = self.constrain(x_TBD.swapaxes(0, 1), layers.RESIDUAL)
     if cache is None:
       return hidden_BTD, None
-    return hidden_BTD, LSTMCache(*(jnp.stack(states, axis=1) for states in zip(*carries, strict=True)))
+    last = LSTMCache(*(jnp.stack(states, axis=1) for states in zip(*carries, strict=True)))
+    if not keeps:
+      return hidden_BTD, last
+    new_hidden_BTND, new_cell_BTND = (jnp.stack(states, axis=2).swapaxes(0, 1) for states in zip(*passed, strict=True))
+    hidden_BRND, cell_BRND = _line_up(cache)
+    size = hidden_BRND.shape[1]
+    hidden_BRND, cell_BRND = (
+      jnp.concatenate(both, axis=1)[:, -size:-1] for both in ((hidden_BRND, new_hidden_BTND), (cell_BRND, new_cell_BTND))
+    )
+    return hidden_BTD, dataclasses.replace(last, past_hidden_BRND=hidden_BRND, past_cell_BRND=cell_BRND)
 
   def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
     logits_BTV = self.embed.attend(hidden_BTD) if self.config.tied_embedding else self.unembedding(hidden_BTD)
@@ -131,20 +146,39 @@ class LSTM(nn.Module):
     """Touches every parameter; for `init`."""
     return self.unembed(self(tokens_BT)[0])
 
-  def init_cache(self, batch: int, length: int) -> LSTMCache:
-    """A zero carry; it takes any number of tokens, so `length` changes nothing."""
+  def init_cache(self, batch: int, length: int, rewinds: int = 0) -> LSTMCache:
+    """A zero carry; it takes any number of tokens, so `length` changes nothing. Carries are kept for `rewinds` places."""
     del length
-    shape = (batch, self.config.num_layers, self.config.dim)
-    return LSTMCache(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
+    layers_and_width = self.config.num_layers, self.config.dim
+
+    def zeros(*lead: int) -> jax.Array:  # a buffer each: one can't be donated twice
+      return jnp.zeros((batch, *lead, *layers_and_width), jnp.float32)
+
+    return LSTMCache(zeros(), zeros(), *((zeros(rewinds), zeros(rewinds)) if rewinds else ()))
 
   def grow_cache(self, cache: LSTMCache, length: int) -> LSTMCache:
     del length
     return cache
 
+  def rewind(self, cache: LSTMCache, steps_B: jax.Array) -> LSTMCache:
+    """Picks among the kept carries; those from before the oldest one are lost."""
+    states = _line_up(cache)
+    place_BR = jnp.maximum(jnp.arange(states[0].shape[1]) - steps_B[:, None], 0)
+    hidden_BRND, cell_BRND = (jnp.take_along_axis(state_BRND, place_BR[:, :, None, None], axis=1) for state_BRND in states)
+    return LSTMCache(hidden_BRND[:, -1], cell_BRND[:, -1], hidden_BRND[:, :-1], cell_BRND[:, :-1])
+
   def mixing_flops_per_token(self, length: int) -> int:
     """Tokens meet only in the recurrence, whose products are counted with the kernels."""
     del length
     return 0
+
+
+def _line_up(cache: LSTMCache) -> tuple[jax.Array, jax.Array]:
+  """Hidden states and cells that were kept, the oldest first, the present ones last, [B, R + 1, N, D]."""
+  if cache.past_hidden_BRND is None or cache.past_cell_BRND is None:
+    raise ValueError('this cache keeps no carries: init_cache(batch, length, rewinds=...) does')
+  hidden_BRND = jnp.concatenate([cache.past_hidden_BRND, cache.hidden_BND[:, None]], axis=1)
+  return hidden_BRND, jnp.concatenate([cache.past_cell_BRND, cache.cell_BND[:, None]], axis=1)
 
 
 def symmetric_uniform(limit: float) -> layers.Initializer:

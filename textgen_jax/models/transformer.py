@@ -156,8 +156,9 @@ class Transformer(nn.Module):
     """Touches every parameter; for `init`."""
     return self.unembed(self(tokens_BT)[0])
 
-  def init_cache(self, batch: int, length: int) -> TransformerCache:
-    """Room for `length` tokens a row; past `window` + chunk - 1 of them it works as a ring."""
+  def init_cache(self, batch: int, length: int, rewinds: int = 0) -> TransformerCache:
+    """Room for `length` tokens a row; past `window` + chunk - 1 of them it works as a ring. Any of them can be taken back."""
+    del rewinds
     c = self.config
     shape = (batch, c.num_kv_heads or c.num_heads, length, c.dim // c.num_heads)
     dtype = layers.resolve_dtype(c.compute_dtype)
@@ -179,6 +180,21 @@ class Transformer(nn.Module):
     pad = functools.partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, more), (0, 0)))
     index_BS = jnp.pad(cache.index_BS, ((0, 0), (0, more)), constant_values=-1)
     return dataclasses.replace(cache, layers=jax.tree.map(pad, cache.layers), index_BS=index_BS)
+
+  def rewind(self, cache: TransformerCache, steps_B: jax.Array) -> TransformerCache:
+    """Empties each row's last `steps_B` slots. Those that all rows take back are written again; others stay as holes.
+
+    A ring keeps its window where a call of at most its chunk is taken back before the next.
+    """
+    size = cache.index_BS.shape[1]
+    back_BS = (cache.cursor_B[:, None] - 1 - jnp.arange(size)) % size  # how many slots behind the last one
+    drop_BS = back_BS < steps_B[:, None]
+    return dataclasses.replace(
+      cache,
+      index_BS=jnp.where(drop_BS, -1, cache.index_BS),
+      count_B=cache.count_B - (drop_BS & (cache.index_BS >= 0)).sum(axis=1, dtype=jnp.int32),
+      cursor_B=cache.cursor_B - steps_B.min(),
+    )
 
   def mixing_flops_per_token(self, length: int) -> int:
     """Scores and weighted sums of one token over `length` keys, forward."""

@@ -1,6 +1,7 @@
 """The compiled parts of generation: reading a prompt, and a loop that draws a segment of tokens."""
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -212,6 +213,51 @@ class Rows(NamedTuple):
   log_prob_B: jax.Array  # of what was drawn, under the raw distribution; 0 where log-probabilities aren't kept
 
 
+def first_rows(
+  params: Any,
+  lines: Sequence[Sequence[int]],
+  negatives: Sequence[int],
+  settings: Sequence[params_lib.SamplingParams],
+  key_B: Any,
+  uses: Uses,
+  vocab: Vocab,
+  states: Sequence[int],
+) -> Rows:
+  """The state of rows of which nothing is drawn yet.
+
+  Args:
+    params: the model's parameters: what is computed stays on their devices.
+    lines: ids of each row's prompt.
+    negatives: the last id of each negative prompt; none without guidance.
+    settings: of each row.
+    key_B: key data of each row, [B, 2].
+    uses: which settings are on.
+    vocab: the ids that mean something.
+    states: in which of the constraints' states each row begins; none without constraints.
+  """
+  history = history_lib.History(drawn_B=jnp.zeros(len(lines), jnp.int32))
+  if uses.tokens:
+    room = max(len(line) + one.max_new_tokens for line, one in zip(lines, settings, strict=True))
+    tokens_BL = np.zeros((len(lines), max(64, 1 << (room - 1).bit_length())), np.int32)
+    for row, line in zip(tokens_BL, lines, strict=True):
+      row[: len(line)] = line
+    history = history._replace(tokens_BL=jnp.asarray(tokens_BL), length_B=jnp.array([len(line) for line in lines]))
+  if uses.counts:
+    in_prompt_BV = jnp.asarray(history_lib.in_prompts(lines, vocab.size))
+    history = history._replace(in_prompt_BV=in_prompt_BV, count_BV=jnp.zeros(in_prompt_BV.shape, jnp.int32))
+  if uses.constraint:
+    history = history._replace(state_B=jnp.array(states))
+  rows = Rows(
+    token_B=jnp.array([line[-1] for line in lines]),
+    negative_token_B=jnp.array(negatives) if uses.guidance else None,
+    history=history,
+    knobs=Knobs.of(settings, key_B, uses, vocab),
+    done_B=jnp.zeros(len(lines), bool),
+    log_prob_B=jnp.zeros(len(lines), jnp.float32),
+  )
+  return beside(params, rows)
+
+
 class Trace(NamedTuple):
   """A segment's tokens, and what is known of each; None where it wasn't asked for. Nats."""
 
@@ -271,9 +317,9 @@ def uniforms(key_B: jax.Array, position_B: jax.Array, size: int) -> jax.Array:
   return jax.vmap(lambda key, first: jax.vmap(lambda t: one(key, first + t))(jnp.arange(size)))(key_B, position_B)
 
 
-def new_cache(model: base.LanguageModel, params: Any, rows: int, length: int) -> Any:
+def new_cache(model: base.LanguageModel, params: Any, rows: int, length: int, rewinds: int = 0) -> Any:
   """An empty cache on the devices that hold the parameters, where later ones come from: else each call compiles twice."""
-  return beside(params, model.init_cache(rows, length))
+  return beside(params, model.init_cache(rows, length, rewinds) if rewinds else model.init_cache(rows, length))
 
 
 def beside(params: Any, tree: Any) -> Any:
@@ -341,11 +387,9 @@ def decode(
 def advance(rows: Rows, token_B: jax.Array, log_prob_B: jax.Array | None, uses: Uses, table: Any) -> Rows:
   """The rows after one more token each; one that was done stays as it was, but for the token that is fed to the model."""
   done_B, knobs, history = rows.done_B, rows.knobs, rows.history
-  longer = history_lib.extend(history, token_B)
-  if uses.constraint:
-    assert history.state_B is not None
-    state_B = constraint.advance(history, table, token_B)
-    longer = longer._replace(state_B=jnp.where(done_B, history.state_B, state_B))
+  longer = follow(history, token_B, uses, table)
+  if longer.state_B is not None and history.state_B is not None:
+    longer = longer._replace(state_B=jnp.where(done_B, history.state_B, longer.state_B))
   longer = longer._replace(drawn_B=jnp.where(done_B, history.drawn_B, longer.drawn_B))
   ended_B = jnp.take_along_axis(knobs.ends_BV, token_B[:, None], axis=1)[:, 0] | (longer.drawn_B >= knobs.max_new_tokens_B)
   total_B = rows.log_prob_B
@@ -353,6 +397,21 @@ def advance(rows: Rows, token_B: jax.Array, log_prob_B: jax.Array | None, uses: 
     total_B = jnp.where(done_B, total_B, total_B + log_prob_B)
     ended_B = ended_B | (total_B < knobs.min_log_prob_B)
   return Rows(token_B, None if rows.negative_token_B is None else token_B, longer, knobs, done_B | ended_B, total_B)
+
+
+def follow(history: history_lib.History, token_B: jax.Array, uses: Uses, table: Any) -> history_lib.History:
+  """The history after one more token a row, and the state of its constraint."""
+  longer = history_lib.extend(history, token_B)
+  return longer._replace(state_B=constraint.advance(history, table, token_B)) if uses.constraint else longer
+
+
+def keys_of(prompts: Sequence[Sequence[int]], settings: Sequence[params_lib.SamplingParams], sample_indices: Sequence[int]) -> Any:
+  """Each row's key data, [B, 2], by its seed, its prompt's ids and its sample index."""
+  if not prompts:
+    return np.zeros((0, 2), np.uint32)
+  hashes = [int.from_bytes(hashlib.sha256(np.asarray(ids, '<u4').tobytes()).digest()[:4], 'little') for ids in prompts]
+  seeds = np.array([one.seed for one in settings], np.uint32)
+  return np.asarray(row_keys(seeds, np.array(hashes, np.uint32), np.array(sample_indices, np.uint32)))
 
 
 @jax.jit

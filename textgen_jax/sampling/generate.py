@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from textgen_jax import errors
 from textgen_jax.models import base
-from textgen_jax.sampling import constraint, decode, stopping
+from textgen_jax.sampling import constraint, decode, speculative, stopping
 from textgen_jax.sampling import sampler as sampler_lib
 from textgen_jax.sampling.params import SamplingParams
 from textgen_jax.text import base as text_base
@@ -49,6 +49,7 @@ def generate(
   prompts: Sequence[str],
   settings: SamplingParams | Sequence[SamplingParams],
   transforms: Sequence[decode.Transform] = (),
+  draft: speculative.Draft | None = None,
 ) -> list[Completion]:
   """Completions of every prompt, `num_samples` each, in the prompts' order; those of `best_of` the likeliest first.
 
@@ -59,6 +60,7 @@ def generate(
     prompts: texts; an empty one stands for the start of a document.
     settings: one for all prompts, or one each.
     transforms: the caller's own, `(logits_BV, history) -> logits_BV`, applied before the temperature.
+    draft: a smaller model of the same tokenizer that guesses ahead; it changes how long it takes, and not the texts.
 
   Raises:
     UserError: a prompt has a character that the tokenizer doesn't know, or settings ask for what the vocabulary can't give.
@@ -67,7 +69,8 @@ def generate(
   each = [settings] * len(prompts) if isinstance(settings, SamplingParams) else settings
   encoded = [prompt_ids(tokenizer, prompt, one.begins_document) for prompt, one in zip(prompts, each, strict=True)]
   owners = [(p, i) for p, one in enumerate(each) for i in range(one.rows())]
-  rows = _Rows(model, params, tokenizer, [encoded[p] for p, _ in owners], [each[p] for p, _ in owners], [i for _, i in owners], transforms)
+  indices = [i for _, i in owners]
+  rows = _Rows(model, params, tokenizer, [encoded[p] for p, _ in owners], [each[p] for p, _ in owners], indices, transforms, draft)
   for _ in rows:
     pass
   made = [rows.completion(row, prompts[p], i) for row, (p, i) in enumerate(owners)]
@@ -90,10 +93,16 @@ def _best(completions: list[Completion], settings: SamplingParams) -> list[Compl
 
 
 def stream(
-  model: base.LanguageModel, params: Any, tokenizer: text_base.Tokenizer, prompt: str, settings: SamplingParams
+  model: base.LanguageModel,
+  params: Any,
+  tokenizer: text_base.Tokenizer,
+  prompt: str,
+  settings: SamplingParams,
+  transforms: Sequence[decode.Transform] = (),
+  draft: speculative.Draft | None = None,
 ) -> Iterator[str]:
   """One completion in pieces, as they are made; together they are what `generate` gives."""
-  rows = _Rows(model, params, tokenizer, [prompt_ids(tokenizer, prompt, settings.begins_document)], [settings], [0], ())
+  rows = _Rows(model, params, tokenizer, [prompt_ids(tokenizer, prompt, settings.begins_document)], [settings], [0], transforms, draft)
   text, shown = rows.texts[0], 0
   for _ in rows:
     if text.stopped:
@@ -116,10 +125,13 @@ class _Rows:
     settings: Sequence[SamplingParams],
     sample_indices: Sequence[int],
     transforms: Sequence[decode.Transform],
+    draft: speculative.Draft | None,
   ):
     self._settings, self._vocab = settings, vocab_of(model, params, tokenizer)
     for one in dict.fromkeys(settings):
       _check_ids(one, tokenizer.vocab_size, self._vocab)
+    if draft is not None:
+      _check_draft(draft, tokenizer, settings)
     table, states = _constraints(tokenizer, prompts, settings, self._vocab.size)
     negatives = None
     if any(one.guidance != 1 for one in settings):
@@ -127,9 +139,8 @@ class _Rows:
       negatives = [encoded[one] for one in settings]
     self.texts = [stopping.Text(tokenizer, prompt, one) for prompt, one in zip(prompts, settings, strict=True)]
     self._seen = [sampler_lib.Segment([], [], [], [], []) for _ in settings]
-    self._sampler = sampler_lib.Sampler(
-      model, params, prompts, settings, sample_indices, self._vocab, negatives=negatives, table=table, states=states, transforms=transforms
-    )
+    rows = model, params, prompts, settings, sample_indices, self._vocab
+    self._sampler = sampler_lib.Sampler(*rows, negatives=negatives, table=table, states=states, transforms=transforms, draft=draft)
 
   def __iter__(self) -> Iterator[None]:
     for drawn in self._sampler:
@@ -174,6 +185,15 @@ def _check_ids(settings: SamplingParams, size: int, vocab: decode.Vocab) -> None
     raise errors.UserError(f'banned_tokens: each of the {size} tokens is banned')
   if settings.alternatives > size:
     raise errors.UserError(f'alternatives={settings.alternatives} is above the {size} tokens that there are')
+
+
+def _check_draft(draft: speculative.Draft, tokenizer: text_base.Tokenizer, settings: Sequence[SamplingParams]) -> None:
+  if draft.model.vocab_size != tokenizer.vocab_size:
+    raise errors.UserError(f'draft: its vocabulary of {draft.model.vocab_size} is not the model\'s, of {tokenizer.vocab_size}')
+  if not 1 <= draft.tokens <= speculative.MAX_TOKENS:
+    raise errors.UserError(f'draft: tokens={draft.tokens} is not in [1, {speculative.MAX_TOKENS}]')
+  if any(one.guidance != 1 for one in settings):
+    raise errors.UserError('draft: a draft does not guess under guidance; leave guidance at 1')
 
 
 def _constraints(

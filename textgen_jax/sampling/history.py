@@ -1,5 +1,6 @@
 """What a row has read and drawn: all that a transform may know beside the logits."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,9 +30,9 @@ def extend(history: History, token_B: jax.Array) -> History:
   return history._replace(drawn_B=history.drawn_B + 1, tokens_BL=tokens_BL, length_B=length_B, count_BV=count_BV)
 
 
-def in_prompts(prompts: list[list[int]], vocab_size: int) -> np.ndarray:
+def in_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
   """Which tokens each prompt has, bool [B, V]."""
   in_prompt_BV = np.zeros((len(prompts), vocab_size), bool)
   for row, prompt in zip(in_prompt_BV, prompts, strict=True):
-    row[prompt] = True
+    row[list(prompt)] = True
   return in_prompt_BV

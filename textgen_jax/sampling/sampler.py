@@ -5,36 +5,25 @@ that can't look past their trained context, reads the last part of it anew.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from textgen_jax import errors
 from textgen_jax.models import base
-from textgen_jax.sampling import constraint, decode
-from textgen_jax.sampling import history as history_lib
+from textgen_jax.sampling import constraint, decode, reader, speculative
 from textgen_jax.sampling.params import SamplingParams
 
 SEGMENT = 32  # tokens between two looks at the host; the looks cost 4-5% of the time
-MAX_CHUNK = 256  # prompt tokens read in one call
-
-
-@dataclasses.dataclass
-class _Line:
-  """What one line of the cache has read: a row's prompt, or its negative prompt, and what was drawn."""
-
-  history: list[int]  # the last one isn't in the cache yet
-  start: int = 0  # where in `history` the context that the model sees begins
 
 
 @dataclasses.dataclass
 class _Row:
   params: SamplingParams
-  lines: list[_Line]
+  line: list[int]  # prompt and drawn tokens
+  negative: list[int] | None  # negative prompt and drawn tokens
   drawn: int = 0
   done: bool = False
 
@@ -53,7 +42,11 @@ class Sampler:
     table: of the rows' constraints (`constraint.Table`); None where no row has one.
     states: in which of the table's states each row begins.
     transforms: the caller's own, `(logits_BV, history) -> logits_BV`, applied before the temperature.
+    draft: a model that guesses ahead; no row may use guidance then.
     segment: tokens drawn between two looks at the host.
+
+  Attributes:
+    rounds: how often a draft guessed for any row.
   """
 
   def __init__(
@@ -69,78 +62,61 @@ class Sampler:
     table: constraint.Table | None = None,
     states: Sequence[int] = (),
     transforms: Sequence[decode.Transform] = (),
+    draft: speculative.Draft | None = None,
     segment: int = SEGMENT,
   ):
-    self._model, self._params, self._segment, self._vocab = model, params, segment, vocab
+    self._model, self._params, self._segment, self._vocab, self._draft = model, params, segment, vocab, draft
     self._uses = decode.Uses.of(settings, vocab, transforms)
     others = negatives if negatives is not None and self._uses.guidance else [None] * len(prompts)
     self._rows = [
-      _Row(one, [_Line(list(ids)) for ids in (prompt, other) if ids is not None], done=one.max_new_tokens == 0)
+      _Row(one, list(prompt), None if other is None else list(other), done=one.max_new_tokens == 0)
       for prompt, other, one in zip(prompts, others, settings, strict=True)
     ]
-    hashes = [int.from_bytes(hashlib.sha256(np.asarray(p, '<u4').tobytes()).digest()[:4], 'little') for p in prompts]
-    seeds = np.array([one.seed for one in settings], np.uint32)
-    keys = decode.row_keys(seeds, np.array(hashes, np.uint32), np.array(sample_indices, np.uint32)) if len(prompts) else None
-    self._keys = np.asarray(keys)
+    self._keys = decode.keys_of(prompts, settings, sample_indices)
     self._table = None if table is None else decode.beside(params, table)  # once: it may be large
     self._states = list(states)
-    self._cache: Any = None
+    self._readers: list[reader.Reader] = []  # the model's, and the draft's
     self._state: Any = None  # decode.Rows
     self._batch: list[int] = []  # which row each line of the state belongs to
+    self.rounds = 0
 
   def finish(self, row: int) -> None:
     """Draws no more for this row."""
     self._rows[row].done = True
 
   def __iter__(self) -> Iterator[dict[int, 'Segment']]:
-    active = [i for i, row in enumerate(self._rows) if not row.done]
-    if active:
-      self._read(active)
-      self._state = self._first_state(active)
+    self._batch = [i for i, row in enumerate(self._rows) if not row.done]
+    if self._batch:
+      self._readers = self._new_readers()
+      self._state = self._first_state()
     while active := [i for i, row in enumerate(self._rows) if not row.done]:
       self._let_go(active)
-      limit = min(self._segment, max(self._rows[i].params.max_new_tokens - self._rows[i].drawn for i in active))
-      if self._model.slides:
-        limit = min(limit, min(self._room(line) for i in self._batch for line in self._rows[i].lines))
-        if limit == 0:
-          self._read(self._batch)
-          continue
-      yield self._draw(limit)
+      left = max(self._rows[i].params.max_new_tokens - self._rows[i].drawn for i in active)
+      for one in self._readers:
+        if one.cache is None or one.room() == 0:
+          one.read(left, self._segment)
+      yield self._draw(min(self._segment, left))
 
-  def _first_state(self, batch: list[int]) -> decode.Rows:
-    settings, uses = [self._rows[i].params for i in batch], self._uses
-    prompts = [self._rows[i].lines[0].history for i in batch]  # nothing is drawn yet
-    history = history_lib.History(drawn_B=jnp.zeros(len(batch), jnp.int32))
-    if uses.tokens:
-      room = max(len(prompt) + one.max_new_tokens for prompt, one in zip(prompts, settings, strict=True))
-      tokens_BL = np.zeros((len(batch), _power_of_two(room, low=64)), np.int32)
-      for line, prompt in zip(tokens_BL, prompts, strict=True):
-        line[: len(prompt)] = prompt
-      history = history._replace(tokens_BL=jnp.asarray(tokens_BL), length_B=jnp.array([len(prompt) for prompt in prompts]))
-    if uses.counts:
-      in_prompt_BV = jnp.asarray(history_lib.in_prompts(prompts, self._vocab.size))
-      history = history._replace(in_prompt_BV=in_prompt_BV, count_BV=jnp.zeros(in_prompt_BV.shape, jnp.int32))
-    if uses.constraint:
-      history = history._replace(state_B=jnp.array([self._states[i] for i in batch]))
-    last = [[line.history[-1] for line in self._rows[i].lines] for i in batch]
-    state = decode.Rows(
-      token_B=jnp.array([tokens[0] for tokens in last]),
-      negative_token_B=jnp.array([tokens[1] for tokens in last]) if uses.guidance else None,
-      history=history,
-      knobs=decode.Knobs.of(settings, self._keys[batch], uses, self._vocab),
-      done_B=jnp.zeros(len(batch), bool),
-      log_prob_B=jnp.zeros(len(batch), jnp.float32),
-    )
-    return decode.beside(self._params, state)
+  def _new_readers(self) -> list[reader.Reader]:
+    rows = [self._rows[i] for i in self._batch]
+    # The negative prompts' lines stand below.
+    lines = [row.line for row in rows] + [row.negative for row in rows if row.negative is not None]
+    if self._draft is None:
+      return [reader.Reader(self._model, self._params, lines)]
+    models = [(self._model, self._params), (self._draft.model, self._draft.params)]
+    return [reader.Reader(*one, lines, self._draft.tokens) for one in models]
+
+  def _first_state(self) -> decode.Rows:
+    settings, uses = [self._rows[i].params for i in self._batch], self._uses
+    states = [self._states[i] for i in self._batch] if uses.constraint else []
+    lines = [self._rows[i].line for i in self._batch]
+    negatives = [line[-1] for i in self._batch if (line := self._rows[i].negative) is not None]
+    return decode.first_rows(self._params, lines, negatives, settings, self._keys[self._batch], uses, self._vocab, states)
 
   def _draw(self, limit: int) -> dict[int, 'Segment']:
     rows = [self._rows[i] for i in self._batch]
-    self._reserve(limit)
-    state = self._state._replace(done_B=decode.beside(self._params, np.array([row.done for row in rows])))
-    self._cache, self._state, trace, sound_B = decode.decode(
-      self._model, self._params, self._cache, state, self._table, np.int32(limit), uses=self._uses, size=self._segment
-    )
-    self._used += limit
+    self._state = self._state._replace(done_B=decode.beside(self._params, np.array([row.done for row in rows])))
+    trace, sound_B = self._decode(limit)
     trace, drawn_B, done_B, sound_B = jax.device_get((trace, self._state.history.drawn_B, self._state.done_B, sound_B))
     if not sound_B.all():
       raise errors.NoGoodCheckpoint('the model gives a logit that is not a number: its parameters can\'t be good')
@@ -150,69 +126,48 @@ class Sampler:
         continue
       count = int(drawn_B[b]) - row.drawn
       news[i] = Segment.of(trace, b, count)
-      for line in row.lines:
-        line.history += news[i].tokens
+      for line in (row.line, row.negative):
+        if line is not None:
+          line += news[i].tokens
       row.drawn, row.done = int(drawn_B[b]), bool(done_B[b])
     return news
 
-  def _room(self, line: _Line) -> int:
-    """Tokens that still fit the trained context of a model that slides."""
-    return self._model.context_length - (len(line.history) - 1 - line.start)
-
-  def _read(self, batch: list[int]) -> None:
-    """Begins a cache anew with what each row's model may see, all but the last token."""
-    self._batch = list(batch)
-    lines = [self._rows[i].lines[n] for n in range(2 if self._uses.guidance else 1) for i in batch]
-    contexts = []
-    for line in lines:
-      if self._model.slides and self._room(line) <= 0:
-        keep = max(1, self._model.context_length - self._model.context_length // 4)
-        line.start = len(line.history) - keep
-      contexts.append(line.history[line.start : -1])
-    longest = max(map(len, contexts))
-    window = self._model.window
-    self._chunk = _power_of_two(min(max(longest, 1), MAX_CHUNK), low=16)
-    if window is not None:
-      self._chunk = min(self._chunk, window)
-    chunks = -(-longest // self._chunk)
-    self._used = chunks * self._chunk
-    more = max(self._rows[i].params.max_new_tokens - self._rows[i].drawn for i in batch)
-    self._capacity = self._bounded(_power_of_two(min(max(self._used + self._segment, 256), self._used + more), low=64))
-    self._cache = decode.new_cache(self._model, self._params, len(lines), self._capacity)
-    # Prompts end together, so that all rows write at one place from then on.
-    tokens_BT = np.zeros((len(lines), self._used), np.int32)
-    valid_BT = np.zeros((len(lines), self._used), bool)
-    for b, context in enumerate(contexts):
-      tokens_BT[b, self._used - len(context) :] = context
-      valid_BT[b, self._used - len(context) :] = True
-    for low in range(0, self._used, self._chunk):
-      part = np.s_[:, low : low + self._chunk]
-      self._cache = decode.prefill(self._model, self._params, self._cache, tokens_BT[part], valid_BT[part])
-
-  def _bounded(self, capacity: int) -> int:
-    """A model with a window needs no more than a ring that holds it while a chunk is written."""
-    window = self._model.window
-    if window is None or self._model.slides:
-      return capacity
-    return min(capacity, window + self._chunk - 1)
-
-  def _reserve(self, more: int) -> None:
-    """Attention's cost follows the text: the cache doubles when it is full, up to its ring."""
-    capacity = self._bounded(max(self._capacity, _power_of_two(self._used + more, low=64)))
-    if capacity > self._capacity:
-      self._cache = self._model.grow_cache(self._cache, capacity)
-      self._capacity = capacity
+  def _decode(self, limit: int) -> tuple[decode.Trace, jax.Array]:
+    """One segment on the devices, as far as the models' contexts reach."""
+    rooms = [room for one in self._readers if (room := one.room()) is not None]
+    # Guesses must fit too: where a context is nearly full, the rest of it is drawn without them.
+    ahead = self._draft.tokens if self._draft and all(room > self._draft.tokens for room in rooms) else 0
+    limit = min([limit, *(room - ahead for room in rooms)])
+    for one in self._readers:
+      one.reserve(limit)
+    static: dict[str, Any] = {'uses': self._uses, 'size': self._segment}
+    own = self._readers[0]
+    if self._draft is None:
+      own.cache, self._state, trace, sound_B = decode.decode(
+        self._model, self._params, own.cache, self._state, self._table, np.int32(limit), **static
+      )
+      return trace, sound_B
+    drafts = self._readers[1]
+    (own.cache, drafts.cache), self._state, trace, sound_B, rounds_B = speculative.decode(
+      *(self._model, self._params, self._draft.model, self._draft.params, speculative.Caches(own.cache, drafts.cache)),
+      *(self._state, self._table, np.int32(limit)),
+      **static,
+      ahead=ahead,
+    )
+    self.rounds += int(rounds_B.sum())
+    return trace, sound_B
 
   def _let_go(self, active: list[int]) -> None:
     """Drops finished rows once they are half of the batch: each size is compiled once."""
-    size = _power_of_two(len(active), low=1)
+    size = reader.power_of_two(len(active), low=1)
     if size > len(self._batch) // 2:
       return
     kept = active + [i for i in self._batch if i not in active][: size - len(active)]
-    lines = np.array([self._batch.index(i) for i in kept], np.int32)
-    self._state = base.reorder_cache(self._state, lines)
-    negatives = lines + len(self._batch)  # the negative prompts' lines stand below
-    self._cache = base.reorder_cache(self._cache, np.concatenate([lines, negatives]) if self._uses.guidance else lines)
+    lines = [self._batch.index(i) for i in kept]
+    self._state = base.reorder_cache(self._state, np.array(lines, np.int32))
+    negatives = [line + len(self._batch) for line in lines] if self._uses.guidance else []
+    for one in self._readers:
+      one.keep(lines + negatives)
     self._batch = kept
 
 
@@ -240,9 +195,3 @@ class Segment:
       getattr(self, field.name).extend(getattr(other, field.name))
     return self
 
-
-def _power_of_two(n: int, low: int) -> int:
-  size = low
-  while size < n:
-    size *= 2
-  return size

@@ -1,0 +1,155 @@
+"""Speculative decoding: a small draft model guesses the next tokens, the model reads them all in one call.
+
+Each place's token is drawn as without a draft, from the model's own distribution and by the place's own uniform number;
+the draft draws its guess by that same number. As long as the two agree the model needn't be asked again. So the draft
+changes how long a text takes, and not the text. (Leviathan et al. 2023, arXiv:2211.17192, and Chen et al. 2023,
+arXiv:2302.01318, accept guesses at random, more of them, and give another text of the same distribution for each draft;
+guessing by common random numbers is Daliri et al. 2024, arXiv:2408.07978, drafter-invariant.)
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from textgen_jax.models import base
+from textgen_jax.sampling import decode as decode_lib
+
+MAX_TOKENS = 64  # guessed at a time: past a few they are hardly ever all right
+
+
+class Draft(NamedTuple):
+  """A model that guesses; of the same tokenizer."""
+
+  model: base.LanguageModel
+  params: Any
+  tokens: int = 4  # guessed at a time
+
+
+class Caches(NamedTuple):
+  """Of the two models, both before `rows.token_B`. Rows write at places of their own: neither may be used in a common call."""
+
+  own: Any
+  draft: Any
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'draft_model', 'uses', 'size', 'ahead'), donate_argnames=('caches', 'rows'))
+def decode(
+  model: base.LanguageModel,
+  params: Any,
+  draft_model: base.LanguageModel,
+  draft_params: Any,
+  caches: Caches,
+  rows: decode_lib.Rows,
+  table: Any,
+  limit: jax.Array,
+  *,
+  uses: decode_lib.Uses,
+  size: int,
+  ahead: int,
+) -> tuple[Caches, decode_lib.Rows, decode_lib.Trace, jax.Array, jax.Array]:
+  """As `decode.decode`, in rounds of `ahead` guesses and one call of the model.
+
+  Args:
+    model: the model whose text it is.
+    params: its parameters.
+    draft_model: the one that guesses.
+    draft_params: its parameters.
+    caches: begun with `rewinds` of at least `ahead + 1` and as many slots more than `limit`; donated.
+    rows: the rows' state, without guidance; donated.
+    table: the rows' constraints (`constraint.Table`); None without any.
+    limit: at most `size`; traced.
+    uses: which settings are on; static.
+    size: most tokens a row; static.
+    ahead: guesses a round, at least 0; static.
+
+  Returns:
+    What `decode.decode` does, and how many rounds each row took part in, int32 [B].
+  """
+  batch = rows.token_B.shape[0]
+  # As in plain decoding each place has its own number, which a guess that was thrown away leaves as good as new: nothing
+  # that was kept depends on it.
+  uniform_BT = decode_lib.uniforms(rows.knobs.key_B, rows.history.drawn_B, size + ahead + 1)
+
+  def one(caches: Caches, row: decode_lib.Rows, trace: decode_lib.Trace, made: jax.Array, sound: jax.Array, uniform_T: jax.Array) -> Any:
+    caches, row = jax.tree.map(lambda leaf: leaf[None], (caches, row))
+    uniform_T = jax.lax.dynamic_slice_in_dim(uniform_T, made, ahead + 1)
+    models = model, params, draft_model, draft_params
+    caches, row, seen, taken_T, sound_T = play_round(*models, caches, row, table, uniform_T, limit - made, uses)
+    trace = jax.tree.map(lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, made, axis=0), trace, seen)
+    caches, row = jax.tree.map(lambda leaf: leaf[0], (caches, row))
+    return caches, row, trace, made + taken_T.sum(dtype=jnp.int32), sound & (sound_T | ~taken_T).all()
+
+  def body(carry: Any) -> Any:
+    caches, rows, trace, made_B, sound_B, rounds_B = carry
+    rounds_B = rounds_B + (~rows.done_B & (made_B < limit))
+    return *jax.vmap(one)(caches, rows, trace, made_B, sound_B, uniform_BT), rounds_B
+
+  def unfinished(carry: Any) -> jax.Array:
+    return (~carry[1].done_B & (carry[3] < limit)).any()
+
+  none_B = jnp.zeros((batch,), jnp.int32)
+  trace = decode_lib.new_trace(batch, size + ahead + 1, uses)
+  caches, rows, trace, _, sound_B, rounds_B = jax.lax.while_loop(
+    unfinished, body, (caches, rows, trace, none_B, jnp.ones((batch,), bool), none_B)
+  )
+  return caches, rows, trace, sound_B, rounds_B
+
+
+def play_round(
+  model: base.LanguageModel,
+  params: Any,
+  draft_model: base.LanguageModel,
+  draft_params: Any,
+  caches: Caches,
+  row: decode_lib.Rows,
+  table: Any,
+  uniform_T: jax.Array,
+  room: jax.Array,
+  uses: decode_lib.Uses,
+) -> tuple[Caches, decode_lib.Rows, decode_lib.Trace, jax.Array, jax.Array]:
+  """One row's guesses, and what the model makes of them; B is 1, T the guesses and one.
+
+  Returns:
+    Caches and row after the tokens that were taken, at most `room` of them and none where the row is done; the trace of all
+    T, without a batch axis; which of them were taken, bool [T]; and which the model's logits were sound for, bool [T].
+  """
+
+  def guess(carry: Any, uniform: jax.Array) -> Any:
+    token_B, cache, history = carry
+    hidden_BTD, cache = draft_model.apply({'params': draft_params}, token_B[:, None], cache=cache)
+    logits_BV = draft_model.apply({'params': draft_params}, hidden_BTD, method='unembed')[:, 0]
+    adjusted_BV = decode_lib.adjust(_widen(logits_BV, row.knobs.ends_BV.shape[1]), history, row.knobs, uses, table)
+    token_B, _ = decode_lib.next_token(adjusted_BV, uniform[None], row.knobs, uses)
+    return (token_B, cache, decode_lib.follow(history, token_B, uses, table)), (token_B, history)
+
+  (last_B, draft_cache, history), (guess_TB, history_TB) = jax.lax.scan(guess, (row.token_B, caches.draft, row.history), uniform_T[:-1])
+  _, draft_cache = draft_model.apply({'params': draft_params}, last_B[:, None], cache=draft_cache)
+  hidden_BTD, cache = model.apply({'params': params}, jnp.concatenate([row.token_B, guess_TB[:, 0]])[None], cache=caches.own)
+  logits_TV = model.apply({'params': params}, hidden_BTD, method='unembed')[0]
+  # The places of the round take the rows' part: what is done for a batch is done for them.
+  history_T = jax.tree.map(lambda before, after: jnp.concatenate([before[:, 0], after]), history_TB, history)
+  knobs_T = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[0], uniform_T.shape + leaf.shape[1:]), row.knobs)
+  adjusted_TV = decode_lib.adjust(logits_TV, history_T, knobs_T, uses, table)
+  token_T, narrowed_TV = decode_lib.next_token(adjusted_TV, uniform_T, knobs_T, uses)
+  seen = decode_lib.observe(token_T, logits_TV, narrowed_TV, knobs_T, uses)
+  right = jnp.cumprod(guess_TB[:, 0] == token_T[:-1]).sum()
+
+  def take(row: decode_lib.Rows, step: Any) -> Any:
+    i, seen = step
+    log_prob_B = None if seen.log_prob_BT is None else seen.log_prob_BT[None]
+    on = (i <= right) & (i < room) & ~row.done_B[0]
+    longer = decode_lib.advance(row, seen.token_BT[None], log_prob_B, uses, table)
+    return jax.tree.map(functools.partial(jnp.where, on), longer, row), on
+
+  row, taken_T = jax.lax.scan(take, row, (jnp.arange(uniform_T.size), seen))
+  back_B = (uniform_T.size - taken_T.sum(dtype=jnp.int32))[None]
+  caches = Caches(model.rewind(cache, back_B), draft_model.rewind(draft_cache, back_B))
+  return caches, row, seen, taken_T, jnp.isfinite(logits_TV.max(axis=-1))
+
+
+def _widen(logits_BV: jax.Array, size: int) -> jax.Array:
+  """Logits of a vocabulary that is padded otherwise, in `size`: ids beyond the tokenizer's are padding in both."""
+  logits_BV = logits_BV[:, :size]
+  return jnp.pad(logits_BV, ((0, 0), (0, size - logits_BV.shape[1])), constant_values=-jnp.inf)
