@@ -17,32 +17,33 @@ class Reader:
   Args:
     model: any model of the contract.
     params: its parameters.
-    lines: ids of each line, at least one; their owner appends what is drawn.
+    lines: ids of each line, at least one.
     ahead: tokens that one call may read past the last one, to be taken back.
 
   Attributes:
     cache: of `lines`, in their order; its user puts back what it made of it.
+    lines: whoever draws appends to them.
   """
 
   def __init__(self, model: base.LanguageModel, params: Any, lines: Sequence[list[int]], ahead: int = 0):
     self.model, self.params, self.cache = model, params, None
-    self._lines, self._ahead = list(lines), ahead
-    self._starts = [0] * len(self._lines)  # where in the line the context that the model sees begins
+    self.lines, self._ahead = list(lines), ahead
+    self._starts = [0] * len(self.lines)  # where in the line the context that the model sees begins
     self._used = self._capacity = self._chunk = 0
 
   def room(self) -> int | None:
     """How many tokens may still be read before the context must be read anew; None: any number."""
     if not self.model.slides:
       return None
-    return self.model.context_length - max(len(line) - 1 - start for line, start in zip(self._lines, self._starts, strict=True))
+    return self.model.context_length - max(len(line) - 1 - start for line, start in zip(self.lines, self._starts, strict=True))
 
   def read(self, more: int, segment: int) -> None:
     """Begins the cache anew with what each line's model may see; `more` tokens will follow, in segments."""
     kept = max(1, self.model.context_length - self.model.context_length // 4)
     if self.model.slides:
       full = self.model.context_length
-      self._starts = [len(x) - kept if len(x) - 1 - start >= full else start for x, start in zip(self._lines, self._starts, strict=True)]
-    contexts = [line[start:-1] for line, start in zip(self._lines, self._starts, strict=True)]
+      self._starts = [len(x) - kept if len(x) - 1 - start >= full else start for x, start in zip(self.lines, self._starts, strict=True)]
+    contexts = [line[start:-1] for line, start in zip(self.lines, self._starts, strict=True)]
     longest = max(map(len, contexts))
     self._chunk = power_of_two(min(max(longest, 1), MAX_CHUNK), low=16)
     if self.model.window is not None:
@@ -71,7 +72,7 @@ class Reader:
   def keep(self, kept: Sequence[int]) -> None:
     """Lets go of all lines but these, in this order; they may repeat."""
     self.cache = base.reorder_cache(self.cache, np.array(kept, np.int32))
-    self._lines = [self._lines[i] for i in kept]
+    self.lines = [self.lines[i] for i in kept]
     self._starts = [self._starts[i] for i in kept]
 
   def _bounded(self, capacity: int) -> int:

@@ -1,0 +1,171 @@
+"""A draft changes how often the model is asked, and nothing else."""
+
+import dataclasses
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sampling import test_settings
+
+from textgen_jax import errors
+from textgen_jax.models import build
+from textgen_jax.sampling import constraint, decode, generate, params, sampler, speculative
+from textgen_jax.text import base, char
+
+TOKENIZER, Settings = test_settings.TOKENIZER, test_settings.Settings
+subject, write = test_settings.subject, test_settings.write
+pairs = pytest.mark.parametrize(('name', 'draft_name'), [('transformer', 'lstm'), ('lstm', 'transformer')])
+
+
+@dataclasses.dataclass(eq=False)
+class Chain:
+  """A model whose next token depends on the last one alone; its parameters are the logits, [V, V]."""
+
+  vocab_size: int = 5
+  context_length: int = 8
+  slides = False
+  window = None
+
+  def apply(self, variables, x, cache=None, valid_BT=None, method=None):
+    return variables['params'][x[..., 0].astype(int)] if method else (x[..., None].astype(float), cache)
+
+  def init_cache(self, batch, length, rewinds=0):
+    return jnp.zeros(batch)
+
+  def rewind(self, cache, steps_B):
+    return cache
+
+
+def total_variation(samples, probabilities):
+  """Between the frequencies of `samples` and the probabilities of all that can be."""
+  kinds, counts = np.unique(samples, axis=0, return_counts=True)
+  observed = {tuple(kind.tolist()): count / len(samples) for kind, count in zip(kinds, counts, strict=True)}
+  assert observed.keys() <= probabilities.keys()
+  return sum(abs(observed.get(kind, 0) - p) for kind, p in probabilities.items()) / 2
+
+
+def draw(rows, prompt, settings, draft=None, **kwargs):
+  """[rows, max_new_tokens] tokens of a chain with strong preferences; -1 after a row's end."""
+  tables = np.random.default_rng(0).normal(size=(2, 5, 5)) * 1.5
+  guess = None if draft is None else speculative.Draft(Chain(), jnp.asarray(tables[1]), draft)
+  each = [settings] * rows
+  states = [kwargs.pop('state')] * rows if 'state' in kwargs else ()
+  vocab = decode.Vocab(5, kwargs.pop('end', None))
+  made = sampler.Sampler(Chain(), jnp.asarray(tables[0]), [prompt] * rows, each, range(rows), vocab, draft=guess, states=states, **kwargs)
+  tokens = np.full((rows, settings.max_new_tokens), -1)
+  for b, one in next(iter(made)).items():
+    tokens[b, : len(one.tokens)] = one.tokens
+  return tokens, tables[0]
+
+
+def test_two_hundred_thousand_draws_follow_the_model():
+  settings = params.SamplingParams(max_new_tokens=4, temperature=0.8, top_k=4, seed=3, stop_at_end=False)
+  tokens, table = draw(200_000, [2], settings, draft=2)
+  next_VV = np.where(table >= np.sort(table, axis=1)[:, -4, None], np.exp(table / 0.8), 0)
+  next_VV /= next_VV.sum(axis=1, keepdims=True)
+  before_V = np.eye(5)[2]
+  for t in range(3):  # each pair of neighbours, within a round of three and across its end
+    before_V = before_V @ next_VV
+    joint = {(a, b): before_V[a] * next_VV[a, b] for a, b in itertools.product(range(5), repeat=2)}
+    assert total_variation(tokens[:, t : t + 2], joint) < 1e-2
+
+
+@pytest.mark.parametrize('draft', [None, 2])
+def test_two_hundred_thousand_constrained_draws_follow_the_renormalised_model(draft):
+  tokenizer = char.CharTokenizer.train(base.TokenizerConfig(), ['abcd'])
+  assert tokenizer.vocab_size == 5
+  regex, settings = 'a[bc]{1,2}|d(ab)*', params.SamplingParams(max_new_tokens=4, regex='a[bc]{1,2}|d(ab)*', seed=4)
+  end = tokenizer.special_ids['end_of_text']
+  constraints = constraint.compile_constraints(tokenizer, [(regex, ())], 5)
+  state = constraints.start(0, [end])
+  tokens, table = draw(200_000, [end], settings, draft, end=end, table=constraints.table, state=state)
+
+  def texts(beginning=''):
+    """All that match and have room for an end, or fill all places."""
+    every = (''.join(letters) for n in range(5) for letters in itertools.product('abcd', repeat=n))
+    return [text for text in every if re.fullmatch(regex, text) and text.startswith(beginning)]
+
+  expected = {}
+  for text in texts():
+    p, last, ids = 1.0, end, []
+    for t, letter in enumerate([*text, ''][:4]):
+      possible = {other[t : t + 1] for other in texts(text[:t])}
+      id_of = {one: tokenizer.encode(one)[0] if one else end for one in possible}
+      weights = {one: np.exp(table[last, i]) for one, i in id_of.items()}
+      p, last = p * weights[letter] / sum(weights.values()), id_of[letter]
+      ids.append(last)
+    expected[tuple(ids + [-1] * (4 - len(ids)))] = p
+  assert sum(expected.values()) == pytest.approx(1)
+  assert len(expected) > 6
+  assert total_variation(tokens, expected) < 1e-2
+
+
+@pairs
+def test_every_setting_gives_the_text_that_it_gives_without_a_draft(name, draft_name):
+  rows = [dataclasses.replace(one, log_probs=True) for one in test_settings.many_settings() if one.guidance == 1]
+  prompts = ['abc'[: 1 + i % 3] + 'hide 3'[i % 6 :] for i in range(len(rows))]
+  plain = write(name, prompts, rows)
+  drafted = write(name, prompts, rows, draft=speculative.Draft(*subject(draft_name), 3))
+  for one, other in zip(plain, drafted, strict=True):
+    assert (one.tokens, one.text, one.finish_reason) == (other.tokens, other.text, other.finish_reason)
+    np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
+    np.testing.assert_allclose(one.drawn_log_probs, other.drawn_log_probs, atol=1e-4)
+
+
+@pytest.mark.parametrize('position', ['rotary', 'learned'])
+@pytest.mark.parametrize('draft_context', [8, 64])
+def test_past_the_context(position, draft_context):
+  def small(context, seed):
+    config = dataclasses.replace(test_settings.CONFIGS['transformer'], position=position)
+    model = build.build(config, TOKENIZER.vocab_size, context)
+    weights = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method='init_everything')['params']
+    leaves, structure = jax.tree.flatten(jax.tree.map(lambda x: x.value, weights, is_leaf=lambda x: hasattr(x, 'names')))
+    rng = np.random.default_rng(seed)
+    return model, structure.unflatten([jnp.asarray(rng.normal(scale=0.4, size=leaf.shape), leaf.dtype) for leaf in leaves])
+
+  model, weights = small(16, 1)
+  prompts, settings = ['abc', 'a fig ' * 4, ''], Settings(max_new_tokens=70, temperature=0.7, seed=1)
+  plain = generate.generate(model, weights, TOKENIZER, prompts, settings)
+  draft = speculative.Draft(*small(draft_context, 1 if draft_context == 8 else 2), 3)
+  assert generate.generate(model, weights, TOKENIZER, prompts, settings, draft=draft) == plain
+
+
+@test_settings.families
+def test_a_draft_that_knows_better_saves_calls(name):
+  """The model as its own draft is right each time; one that knows nothing of it is hardly ever."""
+  model, weights = subject(name)
+  prompts, settings = [TOKENIZER.encode(text).tolist() for text in ('abc', 'k', 'a fig')], [Settings(max_new_tokens=60, seed=2)] * 3
+  others = jax.tree.map(lambda x: -x, weights)
+  rounds = {}
+  for kind, draft in (('own', weights), ('other', others)):
+    guess = speculative.Draft(model, draft, 4)
+    made = sampler.Sampler(model, weights, prompts, settings, range(3), decode.Vocab(24), draft=guess, segment=30)
+    tokens = [segment[0].tokens for segment in made]
+    assert sum(map(len, tokens)) == 60
+    rounds[kind] = made.rounds
+  assert rounds['own'] == 3 * 2 * 30 / 5
+  assert rounds['other'] > 2.5 * rounds['own']
+
+
+@pytest.mark.parametrize(
+  ('changes', 'settings', 'told'),
+  [
+    ({'tokens': 0}, {}, 'tokens=0 is not in'),
+    ({'tokens': 65}, {}, 'tokens=65 is not in'),
+    ({}, {'guidance': 2.0}, 'leave guidance at 1'),
+    ({'model': Chain()}, {}, 'vocabulary of 5'),
+  ],
+)
+def test_what_cannot_be_is_refused(changes, settings, told):
+  draft = speculative.Draft(*subject('lstm'))._replace(**changes)
+  with pytest.raises(errors.UserError, match=re.escape(told)):
+    write('lstm', ['a'], Settings(**settings), draft=draft)
+
+
+def test_a_stream_is_the_same():
+  settings = Settings(max_new_tokens=50, seed=3, stop=('k',))
+  pieces = generate.stream(*subject('lstm'), TOKENIZER, 'ab', settings, draft=speculative.Draft(*subject('transformer')))
+  assert ''.join(pieces) == write('lstm', ['ab'], settings)[0].text
