@@ -75,13 +75,13 @@ def _main(argv: Sequence[str]) -> None:
   if values.output and pathlib.Path(values.output).exists():
     raise errors.UserError(f'output={values.output!r} exists: name a new file')
   from textgen_jax import workdir  # after the checks: it takes seconds to import
-  from textgen_jax.sampling import generate
+  from textgen_jax.sampling import batch, generate
 
   compilation.keep_compiled()
   trained = workdir.load(values.workdir, values.checkpoint)
   if values.begins_document is None:
     settings = dataclasses.replace(settings, begins_document=trained.experiment.training.mask_documents)
-  reaches = max(len(generate.prompt_ids(trained.tokenizer, prompt)) for prompt in prompts) + settings.max_new_tokens
+  reaches = max(len(batch.prompt_ids(trained.tokenizer, prompt)) for prompt in prompts) + settings.max_new_tokens
   if reaches > trained.model.context_length:
     _tell_past_context(trained, reaches)
   if values.stream:

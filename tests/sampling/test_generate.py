@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from textgen_jax import errors
 from textgen_jax.models import build, lstm, transformer
-from textgen_jax.sampling import decode, generate, params, reader, sampler
+from textgen_jax.sampling import batch, decode, generate, params, reader, sampler
 from textgen_jax.sampling import history as history_lib
 from textgen_jax.text import base, byte, char, word
 
@@ -53,10 +53,10 @@ class Subject:
 
   def reference(self, prompt, settings, sample=0):
     """Ids by a full forward pass a token; learned positions read the last 3/4 of the context anew where it is full."""
-    history, start = generate.prompt_ids(TOKENIZER, prompt), 0
+    history, start = batch.prompt_ids(TOKENIZER, prompt), 0
     prompt_hash = np.frombuffer(hashlib.sha256(np.array(history, '<u4').tobytes()).digest()[:4], '<u4')
     keys = np.asarray(decode.row_keys(np.array([settings.seed], np.uint32), prompt_hash, np.array([sample], np.uint32)))
-    vocab = generate.vocab_of(self.model, self.params, TOKENIZER)
+    vocab = batch.vocab_of(self.model, self.params, TOKENIZER)
     uses = decode.Uses.of([settings], vocab)
     knobs = decode.Knobs.of([settings], keys, uses, vocab)
     for position in range(settings.max_new_tokens):
@@ -168,9 +168,9 @@ def test_lengths_at_the_borders_of_a_segment(name):
 @families
 def test_the_size_of_segments_changes_no_text(name):
   one = subject(name)
-  prompts = [generate.prompt_ids(TOKENIZER, prompt) for prompt in PROMPTS]
+  prompts = [batch.prompt_ids(TOKENIZER, prompt) for prompt in PROMPTS]
   rows = [Settings(), Settings(seed=1, max_new_tokens=11), Settings(temperature=0)]
-  vocab = generate.vocab_of(one.model, one.params, TOKENIZER)
+  vocab = batch.vocab_of(one.model, one.params, TOKENIZER)
 
   def drawn(segment):
     texts = [[], [], []]
@@ -234,8 +234,8 @@ def test_the_ring_holds_the_window_while_a_chunk_is_written(monkeypatch):
 def test_an_empty_prompt_starts_a_document():
   one = subject('rotary')
   end = TOKENIZER.special_ids['end_of_text']
-  assert generate.prompt_ids(TOKENIZER, '') == [end]
-  assert end not in generate.prompt_ids(TOKENIZER, ALPHABET)
+  assert batch.prompt_ids(TOKENIZER, '') == [end]
+  assert end not in batch.prompt_ids(TOKENIZER, ALPHABET)
   for empty, other in (one.generate(['', 'k'], Settings()), one.generate(['', 'k'], Ending())):
     assert empty.prompt == ''
     assert empty.tokens == one.reference('', Settings())[: len(empty.tokens)]  # the reference's history begins with that id
@@ -244,8 +244,8 @@ def test_an_empty_prompt_starts_a_document():
 
 def test_a_prompt_that_begins_a_document_follows_the_end_of_another():
   one, end = subject('lstm'), TOKENIZER.special_ids['end_of_text']
-  assert generate.prompt_ids(TOKENIZER, 'abc', begins_document=True) == [end, *TOKENIZER.encode('abc')]
-  assert generate.prompt_ids(TOKENIZER, '', begins_document=True) == [end]  # once
+  assert batch.prompt_ids(TOKENIZER, 'abc', begins_document=True) == [end, *TOKENIZER.encode('abc')]
+  assert batch.prompt_ids(TOKENIZER, '', begins_document=True) == [end]  # once
   begun, plain, empty, empty_begun = one.generate(
     ['abc', 'abc', '', ''], [Settings(begins_document=begins) for begins in (True, False, False, True)]
   )
@@ -556,7 +556,7 @@ def test_words_are_spaced_right_where_generation_starts(standardize):
 def test_a_prompt_that_ends_with_a_space_gets_no_second_one():
   tokenizer = word.WordTokenizer.train(base.TokenizerConfig(kind='word', coverage=1.0), [SPOKEN])
   for prompt, space in (('The king ', ''), ('The king', ' '), ('The king, ', ''), ('The king,', ' '), ('The king\n', ''), ('', '')):
-    ids, then = generate.prompt_ids(tokenizer, prompt), tokenizer.encode('went home.').tolist()
+    ids, then = batch.prompt_ids(tokenizer, prompt), tokenizer.encode('went home.').tolist()
     echo = Echo([*ids, *then][1:] + [0], tokenizer.vocab_size)
     completion = generate.generate(echo, {}, tokenizer, [prompt], Settings(max_new_tokens=len(then), temperature=0))[0]
     assert (completion.tokens, completion.text) == (then, space + 'went home.')

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from textgen_jax import errors
 from textgen_jax.models import build, lstm, transformer
-from textgen_jax.sampling import decode, generate, params, sampler
+from textgen_jax.sampling import batch, decode, generate, params, sampler
 from textgen_jax.text import base, char
 
 TOKENIZER = char.CharTokenizer.train(base.TokenizerConfig(), ['\n abcdefghijk0123456789'])
@@ -98,7 +98,7 @@ def test_log_probabilities_are_the_model_s(name):
   kinds = [(0.7, 5), (1.3, 0), (0, 0)]
   settings = [Settings(seed=i, temperature=t, top_k=k, alternatives=3, log_probs=True) for i, (t, k) in enumerate(kinds)]
   for one, setting in zip(write(name, ['abc', 'k', 'a fig'], settings), settings, strict=True):
-    prompt = generate.prompt_ids(TOKENIZER, one.prompt)
+    prompt = batch.prompt_ids(TOKENIZER, one.prompt)
     tokens_BT = np.array([prompt + one.tokens])
     hidden_BTD, _ = model.apply({'params': weights}, tokens_BT)
     log_probs_TV = jax.nn.log_softmax(model.apply({'params': weights}, hidden_BTD, method='unembed')[0])[len(prompt) - 1 : -1]
@@ -178,7 +178,7 @@ def test_guidance_reads_both_prompts(scale):
 
 def test_no_ngram_occurs_twice():
   made = write('lstm', ['ababab'], Settings(max_new_tokens=80, temperature=0, no_repeat_ngram=2))[0]
-  ids = [*generate.prompt_ids(TOKENIZER, 'ababab'), *made.tokens]
+  ids = [*batch.prompt_ids(TOKENIZER, 'ababab'), *made.tokens]
   drawn = list(itertools.pairwise(ids))[5:]
   assert len(set(drawn)) == len(drawn)
 

@@ -10,12 +10,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from textgen_jax import errors
 from textgen_jax.models import base
-from textgen_jax.sampling import constraint, decode, speculative, stopping
+from textgen_jax.sampling import batch as batch_lib
+from textgen_jax.sampling import beam, decode, speculative, stopping
 from textgen_jax.sampling import sampler as sampler_lib
 from textgen_jax.sampling.params import SamplingParams
 from textgen_jax.text import base as text_base
@@ -36,6 +34,7 @@ class Completion:
   drawn_log_probs: list[float] | None = None  # under the distribution that was drawn from; 0 where the likeliest was taken
   entropies: list[float] | None = None  # of the model's own distribution
   alternatives: list[list[tuple[int, float]]] | None = None  # the likeliest tokens at each place, with their log-probabilities
+  score: float | None = None  # what best_of and num_beams rank by
 
   def row(self) -> dict[str, Any]:
     """What JSON tells of it: what was asked for."""
@@ -51,7 +50,7 @@ def generate(
   transforms: Sequence[decode.Transform] = (),
   draft: speculative.Draft | None = None,
 ) -> list[Completion]:
-  """Completions of every prompt, `num_samples` each, in the prompts' order; those of `best_of` the likeliest first.
+  """Completions of every prompt, `num_samples` each, in the prompts' order; those of `best_of` and `num_beams` the best first.
 
   Args:
     model: any model of the contract.
@@ -67,29 +66,29 @@ def generate(
     NoGoodCheckpoint: a logit isn't a number.
   """
   each = [settings] * len(prompts) if isinstance(settings, SamplingParams) else settings
-  encoded = [prompt_ids(tokenizer, prompt, one.begins_document) for prompt, one in zip(prompts, each, strict=True)]
-  owners = [(p, i) for p, one in enumerate(each) for i in range(one.rows())]
-  indices = [i for _, i in owners]
-  rows = _Rows(model, params, tokenizer, [encoded[p] for p, _ in owners], [each[p] for p, _ in owners], indices, transforms, draft)
+  batch = batch_lib.prepare(model, params, tokenizer, prompts, each, draft)
+  made: dict[int, list[Completion]] = {}
+  searched = [p for p, one in enumerate(each) if one.num_beams and one.max_new_tokens]
+  for size in dict.fromkeys(each[p].num_beams for p in searched):
+    chosen = [p for p in searched if each[p].num_beams == size]
+    texts = _search(model, params, tokenizer, batch.select(chosen), transforms)
+    made |= {p: [dataclasses.replace(one, prompt=prompts[p]) for one in found] for p, found in zip(chosen, texts, strict=True)}
+  owners = [(p, i) for p, one in enumerate(each) if p not in made for i in range(one.rows())]
+  rows = _Rows(model, params, tokenizer, batch.select([p for p, _ in owners]), [i for _, i in owners], transforms, draft)
   for _ in rows:
     pass
-  made = [rows.completion(row, prompts[p], i) for row, (p, i) in enumerate(owners)]
-  kept, first = [], 0
-  for one in each:
-    kept += _best(made[first : first + one.rows()], one)
-    first += one.rows()
-  return kept
+  for row, (p, i) in enumerate(owners):
+    made.setdefault(p, []).append(rows.completion(row, prompts[p], i))
+  return [one for p, settings in enumerate(each) for one in _best(made[p], settings)]
 
 
 def _best(completions: list[Completion], settings: SamplingParams) -> list[Completion]:
-  """The likeliest `num_samples`, where more were drawn."""
+  """Those of a prompt that are given, the likeliest first where more were drawn."""
   if not settings.best_of:
     return completions
-
-  def score(one: Completion) -> float:
-    return sum(one.log_probs or []) / max(len(one.tokens), 1) ** settings.length_penalty
-
-  return sorted(completions, key=score, reverse=True)[: settings.num_samples]
+  for one in completions:
+    one.score = sum(one.log_probs or []) / max(len(one.tokens), 1) ** settings.length_penalty
+  return sorted(completions, key=lambda one: one.score or 0.0, reverse=True)[: settings.num_samples]
 
 
 def stream(
@@ -102,7 +101,11 @@ def stream(
   draft: speculative.Draft | None = None,
 ) -> Iterator[str]:
   """One completion in pieces, as they are made; together they are what `generate` gives."""
-  rows = _Rows(model, params, tokenizer, [prompt_ids(tokenizer, prompt, settings.begins_document)], [settings], [0], transforms, draft)
+  if settings.num_beams or settings.best_of:
+    name = 'num_beams' if settings.num_beams else 'best_of'
+    raise errors.UserError(f'{name}={getattr(settings, name)}: the text is known when it has ended, and can\'t be streamed')
+  batch = batch_lib.prepare(model, params, tokenizer, [prompt], [settings], draft)
+  rows = _Rows(model, params, tokenizer, batch, [0], transforms, draft)
   text, shown = rows.texts[0], 0
   for _ in rows:
     if text.stopped:
@@ -121,26 +124,18 @@ class _Rows:
     model: base.LanguageModel,
     params: Any,
     tokenizer: text_base.Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    settings: Sequence[SamplingParams],
+    batch: batch_lib.Batch,
     sample_indices: Sequence[int],
     transforms: Sequence[decode.Transform],
     draft: speculative.Draft | None,
   ):
-    self._settings, self._vocab = settings, vocab_of(model, params, tokenizer)
-    for one in dict.fromkeys(settings):
-      _check_ids(one, tokenizer.vocab_size, self._vocab)
-    if draft is not None:
-      _check_draft(draft, tokenizer, settings)
-    table, states = _constraints(tokenizer, prompts, settings, self._vocab.size)
-    negatives = None
-    if any(one.guidance != 1 for one in settings):
-      encoded = {one: prompt_ids(tokenizer, one.negative_prompt, one.begins_document) for one in dict.fromkeys(settings)}
-      negatives = [encoded[one] for one in settings]
-    self.texts = [stopping.Text(tokenizer, prompt, one) for prompt, one in zip(prompts, settings, strict=True)]
-    self._seen = [sampler_lib.Segment([], [], [], [], []) for _ in settings]
-    rows = model, params, prompts, settings, sample_indices, self._vocab
-    self._sampler = sampler_lib.Sampler(*rows, negatives=negatives, table=table, states=states, transforms=transforms, draft=draft)
+    self._settings, self._vocab = batch.settings, batch.vocab
+    self.texts = [stopping.Text(tokenizer, prompt, one) for prompt, one in zip(batch.prompts, batch.settings, strict=True)]
+    self._seen = [sampler_lib.Segment([], [], [], [], []) for _ in batch.settings]
+    rows = model, params, batch.prompts, batch.settings, sample_indices, batch.vocab
+    self._sampler = sampler_lib.Sampler(
+      *rows, negatives=batch.negatives, table=batch.table, states=batch.states, transforms=transforms, draft=draft
+    )
 
   def __iter__(self) -> Iterator[None]:
     for drawn in self._sampler:
@@ -155,60 +150,46 @@ class _Rows:
 
   def completion(self, row: int, prompt: str, sample_index: int) -> Completion:
     text, seen, settings = self.texts[row], self._seen[row], self._settings[row]
-    reason = finish_reason(text, seen, settings, self._vocab)
-    made, size = Completion(prompt, text.text, text.ids, sample_index, settings.seed, reason), len(text.ids)
-    if settings.log_probs or settings.best_of:
-      made.log_probs, made.drawn_log_probs, made.entropies = seen.log_probs[:size], seen.drawn_log_probs[:size], seen.entropies[:size]
-    if settings.alternatives:
-      made.alternatives = [others[: settings.alternatives] for others in seen.others[:size]]
-    return made
+    made = Completion(prompt, text.text, text.ids, sample_index, settings.seed, finish_reason(text, seen, settings, self._vocab))
+    return _told(made, seen, settings)
 
 
-def vocab_of(model: base.LanguageModel, params: Any, tokenizer: text_base.Tokenizer) -> decode.Vocab:
-  """What the sampler needs to know of the ids."""
-
-  def logits(params: Any) -> jax.Array:
-    hidden_BTD, _ = model.apply({'params': params}, jnp.zeros((1, 1), jnp.int32), cache=model.init_cache(1, 1))
-    return model.apply({'params': params}, hidden_BTD, method='unembed')
-
-  special = tokenizer.special_ids
-  return decode.Vocab(jax.eval_shape(logits, params).shape[-1], special['end_of_text'], special.get('unknown'))
-
-
-def _check_ids(settings: SamplingParams, size: int, vocab: decode.Vocab) -> None:
-  named = {'logit_bias': [i for i, _ in settings.logit_bias], 'banned_tokens': settings.banned_tokens, 'stop_tokens': settings.stop_tokens}
-  for name, ids in named.items():
-    wrong = [i for i in ids if i >= size]
-    if wrong:
-      raise errors.UserError(f'{name}: {wrong[0]} is not an id in the vocabulary [0, {size})')
-  if len(set(vocab.banned(settings))) >= size:
-    raise errors.UserError(f'banned_tokens: each of the {size} tokens is banned')
-  if settings.alternatives > size:
-    raise errors.UserError(f'alternatives={settings.alternatives} is above the {size} tokens that there are')
+def _told(made: Completion, seen: sampler_lib.Segment, settings: SamplingParams) -> Completion:
+  """The completion with what was asked for of its tokens."""
+  size = len(made.tokens)
+  if settings.log_probs or settings.best_of:
+    made.log_probs, made.drawn_log_probs, made.entropies = seen.log_probs[:size], seen.drawn_log_probs[:size], seen.entropies[:size]
+  if settings.alternatives:
+    made.alternatives = [others[: settings.alternatives] for others in seen.others[:size]]
+  return made
 
 
-def _check_draft(draft: speculative.Draft, tokenizer: text_base.Tokenizer, settings: Sequence[SamplingParams]) -> None:
-  if draft.model.vocab_size != tokenizer.vocab_size:
-    raise errors.UserError(f'draft: its vocabulary of {draft.model.vocab_size} is not the model\'s, of {tokenizer.vocab_size}')
-  if not 1 <= draft.tokens <= speculative.MAX_TOKENS:
-    raise errors.UserError(f'draft: tokens={draft.tokens} is not in [1, {speculative.MAX_TOKENS}]')
-  if any(one.guidance != 1 for one in settings):
-    raise errors.UserError('draft: a draft does not guess under guidance; leave guidance at 1')
-
-
-def _constraints(
-  tokenizer: text_base.Tokenizer, prompts: Sequence[Sequence[int]], settings: Sequence[SamplingParams], size: int
-) -> tuple[constraint.Table | None, list[int]]:
-  """The rows' constraints and first states, checked to leave each a text that is short enough; None where no row has one."""
-  if not any(map(constraint.wanted, settings)):
-    return None, []
-  constraints = constraint.compile_constraints(tokenizer, [(one.regex, one.choices) for one in settings], size)
-  states = [constraints.start(i, prompt) for i, prompt in enumerate(prompts)]
-  for state, one in zip(states, settings, strict=True):
-    fewest = constraints.fewest_tokens(state)
-    if fewest > one.max_new_tokens:
-      raise errors.UserError(f'max_new_tokens={one.max_new_tokens} is below {fewest}, which the shortest text of regex or choices takes')
-  return constraints.table, states
+def _search(
+  model: base.LanguageModel, params: Any, tokenizer: text_base.Tokenizer, batch: batch_lib.Batch, transforms: Sequence[decode.Transform]
+) -> list[list[Completion]]:
+  """The best texts of each prompt; all have the same `num_beams`."""
+  found = beam.search(
+    model,
+    params,
+    batch.prompts,
+    batch.settings,
+    batch.vocab,
+    negatives=batch.negatives,
+    table=batch.table,
+    states=batch.states,
+    transforms=transforms,
+  )
+  made: list[list[Completion]] = []
+  for prompt_ids, settings, hypotheses in zip(batch.prompts, batch.settings, found, strict=True):
+    made.append([])
+    for rank, (trace, score) in enumerate(hypotheses[: settings.num_samples]):
+      seen = sampler_lib.Segment.of(trace, 0, trace.token_BT.shape[1])
+      text = stopping.Text(tokenizer, prompt_ids, settings)
+      text.feed(seen.tokens)
+      text.flush()
+      reason = finish_reason(text, seen, settings, batch.vocab)
+      made[-1].append(_told(Completion('', text.text, text.ids, rank, settings.seed, reason, score=score), seen, settings))
+  return made
 
 
 def finish_reason(text: stopping.Text, seen: sampler_lib.Segment, settings: SamplingParams, vocab: decode.Vocab) -> str:
@@ -218,12 +199,3 @@ def finish_reason(text: stopping.Text, seen: sampler_lib.Segment, settings: Samp
   if text.ids and text.ids[-1] in vocab.ends(settings):
     return 'stop' if text.ids[-1] in settings.stop_tokens else 'end'
   return 'log_prob' if sum(seen.log_probs) < settings.min_log_prob else 'length'
-
-
-def prompt_ids(tokenizer: text_base.Tokenizer, prompt: str, begins_document: bool = False) -> list[int]:
-  """The prompt's ids; an empty prompt is what stands before a document."""
-  try:
-    ids = [int(i) for i in tokenizer.encode(prompt)]
-  except errors.UserError as error:
-    raise errors.UserError(f'prompt {prompt!r:.60}: {error}') from error
-  return [tokenizer.special_ids['end_of_text'], *ids] if begins_document or not ids else ids

@@ -11,6 +11,7 @@ from textgen_jax.sampling import stopping
 
 MAX_STOP_TOKENS = 64
 MAX_ALTERNATIVES = 64
+MAX_BEAMS = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,8 @@ class SamplingParams:
   seed: int = 0  # another seed, another text
   num_samples: int = 1  # of each prompt
   best_of: int = 0  # draw so many, and keep the num_samples likeliest; 0: keep all that are drawn
-  length_penalty: float = 1.0  # best_of ranks by log-probability / tokens ** this; 0: by log-probability
+  num_beams: int = 0  # search for the likeliest texts with so many beams, and give the num_samples best; 0: draw
+  length_penalty: float = 1.0  # best_of and num_beams rank by log-probability / tokens ** this; 0: by log-probability
   stop: tuple[str, ...] = ()  # a text ends before the first of these
   stop_regex: str = ''  # a text ends before the first match of this expression; empty: none
   lines: int = 0  # a text is so many whole lines; 0: it goes on
@@ -83,6 +85,7 @@ class SamplingParams:
     finite('guidance', -math.inf, 'a finite number')
     whole('seed', 0, 2**32, 'in [0, 2**32)')
     whole('num_samples', 1, 2**20, 'at least 1 and below 2**20')
+    whole('num_beams', 0, MAX_BEAMS + 1, f'in [0, {MAX_BEAMS}]')
     finite('length_penalty', -math.inf, 'a finite number')
     for name in ('stop', 'choices'):
       value = getattr(self, name)
@@ -113,6 +116,15 @@ class SamplingParams:
     short = 0 < self.best_of < self.num_samples
     refuse(short, f'best_of={self.best_of} is below num_samples={self.num_samples}, which are taken from them')
     refuse(bool(self.best_of and not self.temperature), f'best_of={self.best_of} at temperature=0: all would be the same')
+    if self.num_beams:
+      refuse(self.num_samples > self.num_beams, f'num_beams={self.num_beams} is below num_samples={self.num_samples}, which it gives')
+      drawn = {'top_k': 0, 'top_p': 1, 'min_p': 0, 'typical_p': 1, 'best_of': 0}
+      ends = {'stop': (), 'stop_regex': '', 'lines': 0, 'sentences': 0, 'min_log_prob': -math.inf}
+      refuse(self.temperature not in (0, 1), f'num_beams={self.num_beams} draws nothing: leave temperature={self.temperature} at 1')
+      for name, value in {**drawn, **ends}.items():
+        why = 'draws nothing' if name in drawn else 'ends texts at end_of_text, stop_tokens or max_new_tokens alone'
+        set_to = getattr(self, name)
+        refuse(set_to != value, f'num_beams={self.num_beams} {why}: leave {name}={set_to!r} at {value!r}')
 
   def rows(self) -> int:
     """How many texts are drawn for a prompt."""

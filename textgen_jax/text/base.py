@@ -66,6 +66,8 @@ class Tokenizer(Protocol):
   special_ids: dict[str, int]
   standardizes: bool  # encoding loses what standardising took away, so that bits per byte would mean nothing
 
+  def __hash__(self) -> int: ...
+
   def encode(self, text: str) -> np.ndarray:
     """Ids of `text`, int32 [N]. Raises UserError for what has no id."""
 
