@@ -130,7 +130,7 @@ def force(tokens_T, logits_BV, history):
     ({'repetition_penalty': 1.8}, 85),
     ({'no_repeat_ngram': 1, 'banned_tokens': (1,)}, 5),  # c and d, in any order, each once or not at all
     ({'guidance': 3.0, 'negative_prompt': 'cc'}, 85),
-    ({'min_new_tokens': 2, 'stop_tokens': (2,)}, 3 * (2 + 3 * 5)),
+    ({'min_new_tokens': 2, 'stop_tokens': (2,)}, 3 * 3 * 5),
     ({'regex': 'a[bc]?d?'}, 6),
   ],
 )

@@ -12,6 +12,7 @@ from textgen_jax import errors
 from textgen_jax.models import build, lstm, transformer
 from textgen_jax.sampling import batch, decode, generate, params, reader, sampler
 from textgen_jax.sampling import history as history_lib
+from textgen_jax.sampling import knobs as knobs_lib
 from textgen_jax.text import base, byte, char, word
 
 SEGMENT = sampler.SEGMENT
@@ -57,8 +58,8 @@ class Subject:
     prompt_hash = np.frombuffer(hashlib.sha256(np.array(history, '<u4').tobytes()).digest()[:4], '<u4')
     keys = np.asarray(decode.row_keys(np.array([settings.seed], np.uint32), prompt_hash, np.array([sample], np.uint32)))
     vocab = batch.vocab_of(self.model, self.params, TOKENIZER)
-    uses = decode.Uses.of([settings], vocab)
-    knobs = decode.Knobs.of([settings], keys, uses, vocab)
+    uses = knobs_lib.Uses.of([settings], vocab)
+    knobs = knobs_lib.Knobs.of([settings], keys, uses, vocab)
     for position in range(settings.max_new_tokens):
       if self.model.slides and len(history) - start > CONTEXT:
         start = len(history) - CONTEXT * 3 // 4

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from textgen_jax import errors
-from textgen_jax.sampling import decode, params
+from textgen_jax.sampling import knobs as knobs_lib
+from textgen_jax.sampling import params
 
 
 @pytest.mark.parametrize(
@@ -85,8 +86,8 @@ def test_a_rejected_value_is_named_with_its_constraint(field, value, constraint)
 @pytest.mark.filterwarnings('error')
 def test_the_ends_of_every_range_are_taken(field, value):
   settings = params.SamplingParams(**{field: value})
-  rows, vocab = [settings, params.SamplingParams()], decode.Vocab(7)
-  knobs = decode.Knobs.of(rows, np.zeros((2, 2), np.uint32), decode.Uses.of(rows, vocab), vocab)
+  rows, vocab = [settings, params.SamplingParams()], knobs_lib.Vocab(7)
+  knobs = knobs_lib.Knobs.of(rows, np.zeros((2, 2), np.uint32), knobs_lib.Uses.of(rows, vocab), vocab)
   finite = {name: knob for name, knob in knobs._asdict().items() if knob is not None and name != 'min_log_prob_B'}
   assert all(np.isfinite(knob).all() for knob in finite.values())
 

@@ -12,7 +12,8 @@ from sampling import test_settings
 
 from textgen_jax import errors
 from textgen_jax.models import build
-from textgen_jax.sampling import constraint, decode, generate, params, sampler, speculative
+from textgen_jax.sampling import constraint, generate, params, sampler, speculative
+from textgen_jax.sampling import knobs as knobs_lib
 from textgen_jax.text import base, char
 
 TOKENIZER, Settings = test_settings.TOKENIZER, test_settings.Settings
@@ -53,7 +54,7 @@ def draw(rows, prompt, settings, draft=None, **kwargs):
   guess = None if draft is None else speculative.Draft(Chain(), jnp.asarray(tables[1]), draft)
   each = [settings] * rows
   states = [kwargs.pop('state')] * rows if 'state' in kwargs else ()
-  vocab = decode.Vocab(5, kwargs.pop('end', None))
+  vocab = knobs_lib.Vocab(5, kwargs.pop('end', None))
   made = sampler.Sampler(Chain(), jnp.asarray(tables[0]), [prompt] * rows, each, range(rows), vocab, draft=guess, states=states, **kwargs)
   tokens = np.full((rows, settings.max_new_tokens), -1)
   for b, one in next(iter(made)).items():
@@ -142,7 +143,7 @@ def test_a_draft_that_knows_better_saves_calls(name):
   rounds = {}
   for kind, draft in (('own', weights), ('other', others)):
     guess = speculative.Draft(model, draft, 4)
-    made = sampler.Sampler(model, weights, prompts, settings, range(3), decode.Vocab(24), draft=guess, segment=30)
+    made = sampler.Sampler(model, weights, prompts, settings, range(3), knobs_lib.Vocab(24), draft=guess, segment=30)
     tokens = [segment[0].tokens for segment in made]
     assert sum(map(len, tokens)) == 60
     rounds[kind] = made.rounds

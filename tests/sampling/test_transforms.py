@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from textgen_jax.sampling import decode, history, params, transforms
+from textgen_jax.sampling import knobs as knobs_lib
 
 # A chi-square variable exceeds these once in a thousand times.
 CHI_SQUARE_LIMIT = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 24: 51.18}
@@ -21,9 +22,9 @@ def _next_token(logits_BV, position_B, knobs, uses):
 
 
 def next_token(logits_BV, position_B, rows, keys):
-  vocab = decode.Vocab(logits_BV.shape[1])
-  uses = decode.Uses.of(rows[:2] if rows[0] is rows[-1] else rows, vocab)
-  return _next_token(logits_BV, position_B, decode.Knobs.of(rows, keys, uses, vocab), uses)
+  vocab = knobs_lib.Vocab(logits_BV.shape[1])
+  uses = knobs_lib.Uses.of(rows[:2] if rows[0] is rows[-1] else rows, vocab)
+  return _next_token(logits_BV, position_B, knobs_lib.Knobs.of(rows, keys, uses, vocab), uses)
 
 
 def random_logits(seed, rows, size):
@@ -241,7 +242,7 @@ def test_temperature_0_is_argmax_whatever_else_is_set():
     token_B = np.asarray(next_token(logits_BV, np.zeros(100, np.int32), rows, keys_of(100)))
     greedy_B = np.array([row.temperature == 0 for row in rows])
     assert (token_B == logits_BV.argmax(axis=1))[greedy_B].all()
-  assert not any(decode.Uses.of([greedy], decode.Vocab(30)))
+  assert not any(knobs_lib.Uses.of([greedy], knobs_lib.Vocab(30)))
 
 
 @pytest.mark.parametrize('temperature', [1e-300, 1e-44, 2e-38, 1e-10, 1e-8])

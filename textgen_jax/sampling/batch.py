@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from textgen_jax import errors
 from textgen_jax.models import base
-from textgen_jax.sampling import constraint, decode, speculative
+from textgen_jax.sampling import constraint, speculative
+from textgen_jax.sampling import knobs as knobs_lib
 from textgen_jax.sampling.params import SamplingParams
 from textgen_jax.text import base as text_base
 
@@ -17,7 +18,7 @@ from textgen_jax.text import base as text_base
 class Batch(NamedTuple):
   """Prompts and settings, checked, with what the samplers need to know of them."""
 
-  vocab: decode.Vocab
+  vocab: knobs_lib.Vocab
   prompts: list[list[int]]
   settings: list[SamplingParams]
   negatives: list[list[int]] | None  # None: nobody uses guidance
@@ -62,11 +63,11 @@ def prepare(
   return Batch(vocab, encoded, list(settings), negatives, table, states)
 
 
-def vocab_of(model: base.LanguageModel, params: Any, tokenizer: text_base.Tokenizer) -> decode.Vocab:
+def vocab_of(model: base.LanguageModel, params: Any, tokenizer: text_base.Tokenizer) -> knobs_lib.Vocab:
   """What the sampler needs to know of the ids."""
   leaves, structure = jax.tree.flatten(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params))
   special = tokenizer.special_ids
-  return decode.Vocab(_width(model, structure, tuple(leaves)), special['end_of_text'], special.get('unknown'))
+  return knobs_lib.Vocab(_width(model, structure, tuple(leaves)), special['end_of_text'], special.get('unknown'))
 
 
 @functools.lru_cache(maxsize=16)
@@ -80,7 +81,7 @@ def _width(model: base.LanguageModel, structure: Any, shapes: tuple[jax.ShapeDty
   return jax.eval_shape(logits, structure.unflatten(shapes)).shape[-1]
 
 
-def _check_ids(settings: SamplingParams, size: int, vocab: decode.Vocab) -> None:
+def _check_ids(settings: SamplingParams, size: int, vocab: knobs_lib.Vocab) -> None:
   named = {'logit_bias': [i for i, _ in settings.logit_bias], 'banned_tokens': settings.banned_tokens, 'stop_tokens': settings.stop_tokens}
   for name, ids in named.items():
     wrong = [i for i in ids if i >= size]

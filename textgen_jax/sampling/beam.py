@@ -15,6 +15,7 @@ import numpy as np
 from textgen_jax import errors
 from textgen_jax.models import base
 from textgen_jax.sampling import constraint, decode, reader
+from textgen_jax.sampling import knobs as knobs_lib
 from textgen_jax.sampling import params as params_lib
 
 SEGMENT = 32  # tokens between two looks at the host
@@ -44,12 +45,12 @@ def search(
   params: Any,
   prompts: Sequence[Sequence[int]],
   settings: Sequence[params_lib.SamplingParams],
-  vocab: decode.Vocab,
+  vocab: knobs_lib.Vocab,
   *,
   negatives: Sequence[Sequence[int]] | None = None,
   table: constraint.Table | None = None,
   states: Sequence[int] = (),
-  transforms: Sequence[decode.Transform] = (),
+  transforms: Sequence[knobs_lib.Transform] = (),
 ) -> list[list[Hypothesis]]:
   """The best texts of each prompt, the best first; all have the same `num_beams`, K. See `sampler.Sampler` for the arguments.
 
@@ -57,7 +58,7 @@ def search(
     NoGoodCheckpoint: a logit isn't a number.
   """
   size = settings[0].num_beams
-  uses = decode.Uses.of(settings, vocab, transforms)
+  uses = knobs_lib.Uses.of(settings, vocab, transforms)
   owners = [b for b in range(len(prompts)) for _ in range(size)]
   begun = [list(prompts[b]) for b in owners]
   others = [list(negatives[b]) for b in owners] if negatives is not None and uses.guidance else []
@@ -86,7 +87,7 @@ def search(
   return _hypotheses(jax.device_get(beams), size)
 
 
-def _begin(rows: decode.Rows, size: int, longest: int, uses: decode.Uses) -> Beams:
+def _begin(rows: decode.Rows, size: int, longest: int, uses: knobs_lib.Uses) -> Beams:
   """One live beam a prompt, without a token."""
   lines = rows.token_B.shape[0]
   blank = decode.new_trace(lines, reader.power_of_two(longest, low=32), uses)
@@ -107,7 +108,7 @@ def extend(
   done: jax.Array,
   limit: jax.Array,
   *,
-  uses: decode.Uses,
+  uses: knobs_lib.Uses,
   size: int,
 ) -> tuple[Any, Beams, jax.Array]:
   """Up to `limit` more tokens; fewer where all searches are finished.
@@ -143,7 +144,7 @@ def extend(
 
 
 def step(
-  beams: Beams, logits_NV: jax.Array, table: Any, penalty_B: jax.Array, i: jax.Array, uses: decode.Uses
+  beams: Beams, logits_NV: jax.Array, table: Any, penalty_B: jax.Array, i: jax.Array, uses: knobs_lib.Uses
 ) -> tuple[Beams, jax.Array]:
   """The searches after token `i` of all live beams, and which line each of them goes on from, [N]."""
   rows, (batch, size) = beams.rows, beams.score_BK.shape

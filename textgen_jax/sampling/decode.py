@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,148 +12,11 @@ import numpy as np
 from textgen_jax.models import base
 from textgen_jax.sampling import constraint, transforms
 from textgen_jax.sampling import history as history_lib
+from textgen_jax.sampling import knobs as knobs_lib
 from textgen_jax.sampling import params as params_lib
 
-Transform = Callable[[jax.Array, history_lib.History], jax.Array]
 
-
-class Knobs(NamedTuple):
-  """Sampling settings, one a row; all traced, so that another value compiles nothing. What no row uses of the last three is None."""
-
-  temperature_B: jax.Array
-  top_k_B: jax.Array
-  top_p_B: jax.Array
-  min_p_B: jax.Array
-  typical_p_B: jax.Array
-  repetition_penalty_B: jax.Array
-  presence_penalty_B: jax.Array
-  frequency_penalty_B: jax.Array
-  no_repeat_ngram_B: jax.Array
-  min_new_tokens_B: jax.Array
-  max_new_tokens_B: jax.Array
-  guidance_B: jax.Array
-  min_log_prob_B: jax.Array
-  key_B: jax.Array  # uint32 key data, [B, 2]; the row's own, whatever its place
-  ends_BV: jax.Array  # bool: the tokens that end the row
-  bias_BV: jax.Array | None  # nats
-  banned_BV: jax.Array | None  # bool
-
-  @classmethod
-  def of(cls, rows: Sequence[params_lib.SamplingParams], keys: Any, uses: 'Uses', vocab: 'Vocab') -> 'Knobs':
-    def gather(name: str, dtype: Any) -> Any:
-      values = np.array([getattr(row, name) for row in rows], np.float64 if dtype is np.float32 else dtype)
-      return np.clip(values, -1e30, 1e30).astype(dtype) if dtype is np.float32 else values  # float32 ends at 3e38, and 0 * inf is NaN
-
-    def mark(ids_of: Callable[[params_lib.SamplingParams], Sequence[int]]) -> Any:
-      marked_BV = np.zeros((len(rows), vocab.size), bool)
-      for line, row in zip(marked_BV, rows, strict=True):
-        line[list(ids_of(row))] = True
-      return marked_BV
-
-    temperature = gather('temperature', np.float64)
-    bias_BV: Any = None
-    if uses.bias:
-      bias_BV = np.zeros((len(rows), vocab.size), np.float32)
-      for line, row in zip(bias_BV, rows, strict=True):
-        for token, bias in row.logit_bias:
-          line[token] += bias
-    knobs = cls(
-      # Draws are argmax below 1e-30 and uniform above 1e30 as it is; further out float32 has no reciprocal, and 0 * -inf is NaN.
-      jnp.asarray(np.where(temperature > 0, np.clip(temperature, 1e-30, 1e30), 0.0), jnp.float32),
-      gather('top_k', np.int32),
-      gather('top_p', np.float32),
-      gather('min_p', np.float32),
-      gather('typical_p', np.float32),
-      gather('repetition_penalty', np.float32),
-      gather('presence_penalty', np.float32),
-      gather('frequency_penalty', np.float32),
-      gather('no_repeat_ngram', np.int32),
-      gather('min_new_tokens', np.int32),
-      gather('max_new_tokens', np.int32),
-      gather('guidance', np.float32),
-      gather('min_log_prob', np.float32),
-      keys,
-      mark(vocab.ends),
-      bias_BV,
-      mark(vocab.banned) if uses.bans else None,
-    )
-    return jax.tree.map(jnp.asarray, knobs)
-
-
-class Vocab(NamedTuple):
-  """What sampling needs to know of a vocabulary."""
-
-  size: int  # of the logits: padding counts
-  end_of_text: int | None = None
-  unknown: int | None = None
-
-  def ends(self, row: params_lib.SamplingParams) -> list[int]:
-    """The ids that end a row."""
-    if self.end_of_text is None or not (row.stop_at_end or constraint.wanted(row)):
-      return list(row.stop_tokens)
-    return [*row.stop_tokens, self.end_of_text]
-
-  def banned(self, row: params_lib.SamplingParams) -> list[int]:
-    """The ids that a row never draws."""
-    return [*row.banned_tokens, *([] if self.unknown is None or row.allow_unknown else [self.unknown])]
-
-
-class Uses(NamedTuple):
-  """Which parts any row needs; the others are compiled out."""
-
-  draw: bool
-  top_k: bool
-  top_p: bool
-  min_p: bool
-  typical_p: bool
-  repetition_penalty: bool
-  presence_penalty: bool
-  frequency_penalty: bool
-  no_repeat_ngram: bool
-  min_length: bool
-  guidance: bool
-  bias: bool
-  bans: bool
-  constraint: bool
-  log_probs: bool
-  alternatives: int
-  extra: tuple[Transform, ...] = ()  # the caller's own, after the bans
-
-  @classmethod
-  def of(cls, rows: Sequence[params_lib.SamplingParams], vocab: Vocab, extra: Sequence[Transform] = ()) -> 'Uses':
-    drawn = [row for row in rows if row.temperature > 0]
-    return cls(
-      draw=bool(drawn),
-      top_k=any(row.top_k > 0 for row in drawn),
-      top_p=any(row.top_p < 1 for row in drawn),
-      min_p=any(row.min_p > 0 for row in drawn),
-      typical_p=any(row.typical_p < 1 for row in drawn),
-      repetition_penalty=any(row.repetition_penalty != 1 for row in rows),
-      presence_penalty=any(row.presence_penalty != 0 for row in rows),
-      frequency_penalty=any(row.frequency_penalty != 0 for row in rows),
-      no_repeat_ngram=any(row.no_repeat_ngram > 0 for row in rows),
-      min_length=any(row.min_new_tokens > 0 for row in rows),
-      guidance=any(row.guidance != 1 for row in rows),
-      bias=any(row.logit_bias for row in rows),
-      bans=any(vocab.banned(row) for row in rows),
-      constraint=any(map(constraint.wanted, rows)),
-      log_probs=any(row.log_probs or row.alternatives or row.best_of or np.isfinite(row.min_log_prob) for row in rows),
-      alternatives=max((row.alternatives for row in rows), default=0),
-      extra=tuple(extra),
-    )
-
-  @property
-  def counts(self) -> bool:
-    """Whether the history must count tokens."""
-    return self.repetition_penalty or self.presence_penalty or self.frequency_penalty or bool(self.extra)
-
-  @property
-  def tokens(self) -> bool:
-    """Whether the history must hold the tokens."""
-    return self.no_repeat_ngram or bool(self.extra)
-
-
-def adjust(logits_BV: jax.Array, history: history_lib.History, knobs: Knobs, uses: Uses, table: Any) -> jax.Array:
+def adjust(logits_BV: jax.Array, history: history_lib.History, knobs: knobs_lib.Knobs, uses: knobs_lib.Uses, table: Any) -> jax.Array:
   """Logits after all that comes before the temperature; `logits_BV` holds the negative prompts' rows too where guidance is used."""
   if uses.guidance:
     logits_BV, negative_BV = jnp.split(logits_BV, 2)
@@ -170,7 +33,7 @@ def adjust(logits_BV: jax.Array, history: history_lib.History, knobs: Knobs, use
     logits_BV = transforms.frequency_penalty(logits_BV, history, knobs.frequency_penalty_B)
   if knobs.banned_BV is not None:
     logits_BV = transforms.ban(logits_BV, knobs.banned_BV)
-  if uses.min_length:
+  if uses.min_new_tokens:
     logits_BV = transforms.min_length(logits_BV, history, knobs.min_new_tokens_B, knobs.ends_BV)
   if uses.no_repeat_ngram:
     logits_BV = transforms.no_repeat_ngram(logits_BV, history, knobs.no_repeat_ngram_B)
@@ -179,7 +42,7 @@ def adjust(logits_BV: jax.Array, history: history_lib.History, knobs: Knobs, use
   return logits_BV
 
 
-def narrow(logits_BV: jax.Array, knobs: Knobs, uses: Uses) -> jax.Array:
+def narrow(logits_BV: jax.Array, knobs: knobs_lib.Knobs, uses: knobs_lib.Uses) -> jax.Array:
   """Adjusted logits to those of the distribution that is drawn from; a row at temperature 0 isn't drawn."""
   logits_BV = transforms.temperature(logits_BV, knobs.temperature_B)
   if uses.top_k:
@@ -193,7 +56,7 @@ def narrow(logits_BV: jax.Array, knobs: Knobs, uses: Uses) -> jax.Array:
   return logits_BV
 
 
-def next_token(adjusted_BV: jax.Array, uniform_B: Any, knobs: Knobs, uses: Uses) -> tuple[jax.Array, jax.Array | None]:
+def next_token(adjusted_BV: jax.Array, uniform_B: Any, knobs: knobs_lib.Knobs, uses: knobs_lib.Uses) -> tuple[jax.Array, jax.Array | None]:
   """Each row's next token, [B], and the logits that it was drawn from; None where none is drawn, which needs no `uniform_B`."""
   greedy_B = jnp.argmax(adjusted_BV, axis=-1).astype(jnp.int32)
   if not uses.draw:
@@ -208,7 +71,7 @@ class Rows(NamedTuple):
   token_B: jax.Array  # the last known token of each row, not yet read
   negative_token_B: jax.Array | None  # and of its negative prompt, where guidance is used
   history: history_lib.History
-  knobs: Knobs
+  knobs: knobs_lib.Knobs
   done_B: jax.Array  # bool
   log_prob_B: jax.Array  # of what was drawn, under the raw distribution; 0 where log-probabilities aren't kept
 
@@ -219,8 +82,8 @@ def first_rows(
   negatives: Sequence[int],
   settings: Sequence[params_lib.SamplingParams],
   key_B: Any,
-  uses: Uses,
-  vocab: Vocab,
+  uses: knobs_lib.Uses,
+  vocab: knobs_lib.Vocab,
   states: Sequence[int],
 ) -> Rows:
   """The state of rows of which nothing is drawn yet.
@@ -251,7 +114,7 @@ def first_rows(
     token_B=jnp.array([line[-1] for line in lines]),
     negative_token_B=jnp.array(negatives) if uses.guidance else None,
     history=history,
-    knobs=Knobs.of(settings, key_B, uses, vocab),
+    knobs=knobs_lib.Knobs.of(settings, key_B, uses, vocab),
     done_B=jnp.zeros(len(lines), bool),
     log_prob_B=jnp.zeros(len(lines), jnp.float32),
   )
@@ -269,7 +132,7 @@ class Trace(NamedTuple):
   other_log_prob_BTN: jax.Array | None = None
 
 
-def new_trace(batch: int, size: int, uses: Uses) -> Trace:
+def new_trace(batch: int, size: int, uses: knobs_lib.Uses) -> Trace:
   trace = Trace(jnp.zeros((batch, size), jnp.int32))
   if uses.log_probs:
     zeros_BT = jnp.zeros((batch, size), jnp.float32)
@@ -280,7 +143,7 @@ def new_trace(batch: int, size: int, uses: Uses) -> Trace:
   return trace
 
 
-def observe(token_B: jax.Array, logits_BV: jax.Array, narrowed_BV: jax.Array | None, knobs: Knobs, uses: Uses) -> Trace:
+def observe(token_B: jax.Array, logits_BV: jax.Array, narrowed_BV: jax.Array | None, knobs: knobs_lib.Knobs, uses: knobs_lib.Uses) -> Trace:
   """One step's trace, without the time axis: what the model thought of each row's token."""
   if not uses.log_probs:
     return Trace(token_B)
@@ -346,7 +209,7 @@ def step_model(model: base.LanguageModel, params: Any, rows: Rows, cache: Any) -
 
 @functools.partial(jax.jit, static_argnames=('model', 'uses', 'size'), donate_argnames=('cache', 'rows'))
 def decode(
-  model: base.LanguageModel, params: Any, cache: Any, rows: Rows, table: Any, limit: jax.Array, *, uses: Uses, size: int
+  model: base.LanguageModel, params: Any, cache: Any, rows: Rows, table: Any, limit: jax.Array, *, uses: knobs_lib.Uses, size: int
 ) -> tuple[Any, Rows, Trace, jax.Array]:
   """Draws up to `limit` tokens a row, each fed back; fewer where all rows are done.
 
@@ -384,7 +247,7 @@ def decode(
   return cache, rows, trace, sound_B
 
 
-def advance(rows: Rows, token_B: jax.Array, log_prob_B: jax.Array | None, uses: Uses, table: Any) -> Rows:
+def advance(rows: Rows, token_B: jax.Array, log_prob_B: jax.Array | None, uses: knobs_lib.Uses, table: Any) -> Rows:
   """The rows after one more token each; one that was done stays as it was, but for the token that is fed to the model."""
   done_B, knobs, history = rows.done_B, rows.knobs, rows.history
   longer = follow(history, token_B, uses, table)
@@ -399,7 +262,7 @@ def advance(rows: Rows, token_B: jax.Array, log_prob_B: jax.Array | None, uses: 
   return Rows(token_B, None if rows.negative_token_B is None else token_B, longer, knobs, done_B | ended_B, total_B)
 
 
-def follow(history: history_lib.History, token_B: jax.Array, uses: Uses, table: Any) -> history_lib.History:
+def follow(history: history_lib.History, token_B: jax.Array, uses: knobs_lib.Uses, table: Any) -> history_lib.History:
   """The history after one more token a row, and the state of its constraint."""
   longer = history_lib.extend(history, token_B)
   return longer._replace(state_B=constraint.advance(history, table, token_B)) if uses.constraint else longer

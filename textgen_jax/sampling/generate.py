@@ -13,7 +13,8 @@ from typing import Any
 from textgen_jax import errors
 from textgen_jax.models import base
 from textgen_jax.sampling import batch as batch_lib
-from textgen_jax.sampling import beam, decode, speculative, stopping
+from textgen_jax.sampling import beam, speculative, stopping
+from textgen_jax.sampling import knobs as knobs_lib
 from textgen_jax.sampling import sampler as sampler_lib
 from textgen_jax.sampling.params import SamplingParams
 from textgen_jax.text import base as text_base
@@ -47,7 +48,7 @@ def generate(
   tokenizer: text_base.Tokenizer,
   prompts: Sequence[str],
   settings: SamplingParams | Sequence[SamplingParams],
-  transforms: Sequence[decode.Transform] = (),
+  transforms: Sequence[knobs_lib.Transform] = (),
   draft: speculative.Draft | None = None,
 ) -> list[Completion]:
   """Completions of every prompt, `num_samples` each, in the prompts' order; those of `best_of` and `num_beams` the best first.
@@ -97,7 +98,7 @@ def stream(
   tokenizer: text_base.Tokenizer,
   prompt: str,
   settings: SamplingParams,
-  transforms: Sequence[decode.Transform] = (),
+  transforms: Sequence[knobs_lib.Transform] = (),
   draft: speculative.Draft | None = None,
 ) -> Iterator[str]:
   """One completion in pieces, as they are made; together they are what `generate` gives."""
@@ -126,7 +127,7 @@ class _Rows:
     tokenizer: text_base.Tokenizer,
     batch: batch_lib.Batch,
     sample_indices: Sequence[int],
-    transforms: Sequence[decode.Transform],
+    transforms: Sequence[knobs_lib.Transform],
     draft: speculative.Draft | None,
   ):
     self._settings, self._vocab = batch.settings, batch.vocab
@@ -150,7 +151,7 @@ class _Rows:
 
   def completion(self, row: int, prompt: str, sample_index: int) -> Completion:
     text, seen, settings = self.texts[row], self._seen[row], self._settings[row]
-    made = Completion(prompt, text.text, text.ids, sample_index, settings.seed, finish_reason(text, seen, settings, self._vocab))
+    made = Completion(prompt, text.text, text.ids, sample_index, settings.seed, finish_reason(text, settings, self._vocab))
     return _told(made, seen, settings)
 
 
@@ -165,7 +166,7 @@ def _told(made: Completion, seen: sampler_lib.Segment, settings: SamplingParams)
 
 
 def _search(
-  model: base.LanguageModel, params: Any, tokenizer: text_base.Tokenizer, batch: batch_lib.Batch, transforms: Sequence[decode.Transform]
+  model: base.LanguageModel, params: Any, tokenizer: text_base.Tokenizer, batch: batch_lib.Batch, transforms: Sequence[knobs_lib.Transform]
 ) -> list[list[Completion]]:
   """The best texts of each prompt; all have the same `num_beams`."""
   found = beam.search(
@@ -187,15 +188,15 @@ def _search(
       text = stopping.Text(tokenizer, prompt_ids, settings)
       text.feed(seen.tokens)
       text.flush()
-      reason = finish_reason(text, seen, settings, batch.vocab)
+      reason = finish_reason(text, settings, batch.vocab)
       made[-1].append(_told(Completion('', text.text, text.ids, rank, settings.seed, reason, score=score), seen, settings))
   return made
 
 
-def finish_reason(text: stopping.Text, seen: sampler_lib.Segment, settings: SamplingParams, vocab: decode.Vocab) -> str:
+def finish_reason(text: stopping.Text, settings: SamplingParams, vocab: knobs_lib.Vocab) -> str:
   """Why a row has no more tokens."""
   if text.stopped:
     return text.stopped
   if text.ids and text.ids[-1] in vocab.ends(settings):
     return 'stop' if text.ids[-1] in settings.stop_tokens else 'end'
-  return 'log_prob' if sum(seen.log_probs) < settings.min_log_prob else 'length'
+  return 'length' if len(text.ids) >= settings.max_new_tokens else 'log_prob'

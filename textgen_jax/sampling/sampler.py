@@ -14,6 +14,7 @@ import numpy as np
 from textgen_jax import errors
 from textgen_jax.models import base
 from textgen_jax.sampling import constraint, decode, reader, speculative
+from textgen_jax.sampling import knobs as knobs_lib
 from textgen_jax.sampling.params import SamplingParams
 
 SEGMENT = 32  # tokens between two looks at the host; the looks cost 4-5% of the time
@@ -56,17 +57,17 @@ class Sampler:
     prompts: Sequence[Sequence[int]],
     settings: Sequence[SamplingParams],
     sample_indices: Sequence[int],
-    vocab: decode.Vocab,
+    vocab: knobs_lib.Vocab,
     *,
     negatives: Sequence[Sequence[int]] | None = None,
     table: constraint.Table | None = None,
     states: Sequence[int] = (),
-    transforms: Sequence[decode.Transform] = (),
+    transforms: Sequence[knobs_lib.Transform] = (),
     draft: speculative.Draft | None = None,
     segment: int = SEGMENT,
   ):
     self._model, self._params, self._segment, self._vocab, self._draft = model, params, segment, vocab, draft
-    self._uses = decode.Uses.of(settings, vocab, transforms)
+    self._uses = knobs_lib.Uses.of(settings, vocab, transforms)
     others = negatives if negatives is not None and self._uses.guidance else [None] * len(prompts)
     self._rows = [
       _Row(one, list(prompt), None if other is None else list(other), done=one.max_new_tokens == 0)

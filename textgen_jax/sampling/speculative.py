@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from textgen_jax.models import base
 from textgen_jax.sampling import decode as decode_lib
+from textgen_jax.sampling import knobs as knobs_lib
 
 MAX_TOKENS = 64  # guessed at a time: past a few they are hardly ever all right
 
@@ -45,7 +46,7 @@ def decode(
   table: Any,
   limit: jax.Array,
   *,
-  uses: decode_lib.Uses,
+  uses: knobs_lib.Uses,
   size: int,
   ahead: int,
 ) -> tuple[Caches, decode_lib.Rows, decode_lib.Trace, jax.Array, jax.Array]:
@@ -107,7 +108,7 @@ def play_round(
   table: Any,
   uniform_T: jax.Array,
   room: jax.Array,
-  uses: decode_lib.Uses,
+  uses: knobs_lib.Uses,
 ) -> tuple[Caches, decode_lib.Rows, decode_lib.Trace, jax.Array, jax.Array]:
   """One row's guesses, and what the model makes of them; B is 1, T the guesses and one.
 
