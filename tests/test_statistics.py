@@ -8,7 +8,7 @@ import string
 import pytest
 
 from textgen_jax import errors
-from textgen_jax.statistics import copies, words
+from textgen_jax.statistics import copies, loops, samples, words
 
 
 def split(*texts):
@@ -238,3 +238,62 @@ def test_novelty_is_that_of_sets(seed):
     grams = [gram for sample in samples for gram in words.ngrams(sample, n)]
     expected = sum(gram not in known for gram in grams) / len(grams) if grams else math.nan
     assert (math.nan if share is None else share) == pytest.approx(expected, nan_ok=True)
+
+
+def naive_loop(sequence, repeats, at_least):
+  """By trying every period, and every length of it."""
+  for period in range(1, len(sequence) + 1):
+    length = period
+    while length < len(sequence) and sequence[-length - 1] == sequence[-length - 1 + period]:
+      length += 1
+    if length >= max(at_least, repeats * period):
+      return loops.Loop(period, length)
+  return None
+
+
+@pytest.mark.parametrize('seed', range(200))
+def test_loops_are_those_of_a_search_by_hand(seed):
+  draw = random.Random(seed)
+  text = ''.join(draw.choices('ab'[: 1 + seed % 2] + 'c', k=draw.randrange(12)))
+  if seed % 3:
+    text += ''.join(draw.choices('abc', k=draw.randrange(1, 6))) * draw.randrange(1, 6)
+    text += text[: draw.randrange(3)]
+  for repeats in (2, 3, 5):
+    for at_least in (1, 4, 10):
+      assert loops.tail(text, repeats, at_least) == naive_loop(text, repeats, at_least)
+  z = loops.z_function(text)
+  assert z == [max(n for n in range(len(text) - i + 1) if text[:n] == text[i : i + n]) for i in range(len(text))]
+
+
+def test_loops_by_hand():
+  phrase = 'of the stands, '  # 15 characters
+  assert loops.tail('The soul—' + phrase * 3) == loops.Loop(15, 45)
+  assert loops.tail('The soul—' + phrase * 3 + 'of th') == loops.Loop(15, 50)  # within the fourth round
+  assert loops.tail('The soul—' + phrase * 2 + 'of the stand') is None
+  assert loops.tail(phrase * 9 + 'and then it ends') is None  # it came out of it
+  assert loops.tail('Never, never, never!') is None
+  assert loops.tail('-' * 23) is None
+  assert loops.tail('-' * 24) == loops.Loop(1, 24)
+  assert loops.tail('') is None
+  assert loops.tail([1, 2, 3] * 8) == loops.Loop(3, 24)  # ids too
+  assert loops.tail('ab' * 100_000 + 'a') == loops.Loop(2, 200_001)  # quadratic work would take hours
+
+
+def test_statistics_of_samples_by_hand():
+  yardstick = samples.Yardstick(compared_words=4, known_words={'a', 'b', 'c', 'd'})
+  first = samples.Sample('a b a b a b e', entropy=1.0, log_prob=-2.0, drawn_entropy=0.5)
+  short = samples.Sample('a b x', entropy=3.0, log_prob=-1.0)
+  looping = samples.Sample('d ' * 12, entropy=2.0, log_prob=-0.5, drawn_entropy=1.5)
+  row = samples.row('T=1', 'temperature', 1.0, [first, short, looping], yardstick)
+  found = row.statistics
+  assert found['entropy'] == (2, pytest.approx(1 / math.sqrt(3)), 3)  # 1, 3, 2: a standard deviation of 1
+  assert found['drawn_entropy'] == (1, pytest.approx(0.5), 2)  # 0.5 and 1.5: of sqrt(1/2), over sqrt(2)
+  assert found['distinct_1'] == (pytest.approx((2 / 4 + 1 / 4) / 2), pytest.approx(1 / 8), 2)  # the short one has no four words
+  assert found['distinct_2'].mean == pytest.approx((2 / 4 + 1 / 4) / 2)  # ab ba, dd
+  assert found['new_words'].mean == pytest.approx((1 / 7 + 1 / 3 + 0) / 3)
+  assert found['repeated_4_grams'] == (pytest.approx((1 / 4 + 8 / 9) / 2), pytest.approx((8 / 9 - 1 / 4) / 2), 2)  # abab baba abab babe
+  assert found['loops'].mean == pytest.approx(1 / 3)
+  none = samples.row('T=0', 'temperature', 0.0, [short], yardstick).statistics
+  assert (none['distinct_1'], none['drawn_entropy'], none['entropy']) == (None, None, (3, None, 1))
+  assert samples.words_to_compare(['a b c d e', 'a b c']) == 2
+  assert samples.words_to_compare(['', 'a']) == 1

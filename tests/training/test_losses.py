@@ -42,3 +42,10 @@ def test_agrees_with_optax_and_is_float32(dtype):
   assert nll_BT.dtype == jnp.float32
   expected = optax.softmax_cross_entropy_with_integer_labels(logits_BTV.astype(jnp.float32), targets_BT)
   np.testing.assert_allclose(nll_BT, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_entropy_by_hand():
+  no = -np.inf
+  logits_BTV = np.array([[[0, 0, 0, 0], [0, no, 0, no]], [[1e4, 0, 0, 0], [np.log(3), 0, no, no]]])
+  uneven = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+  np.testing.assert_allclose(losses.entropy(jnp.asarray(logits_BTV)), [[np.log(4), np.log(2)], [0, uneven]], atol=1e-6)

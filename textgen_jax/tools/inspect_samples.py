@@ -23,6 +23,7 @@ from textgen_jax import command_line, errors
 from textgen_jax.sampling import params
 from textgen_jax.statistics import copies, words
 from textgen_jax.text import base
+from textgen_jax.tools import report
 
 Documents = list[tuple[str, str]]  # names and texts
 
@@ -99,8 +100,7 @@ def _main(argv: Sequence[str]) -> None:
     )
     for temperature in values.temperature
   }
-  if values.output and pathlib.Path(values.output).is_file():
-    raise errors.UserError(f'output={values.output!r} is a file: name a directory')
+  report.check_directory(values.output)
   if reserved := {'train', 'val'} & set(values.samples):
     raise errors.UserError(f'samples={min(reserved)!r} is the name of another column: write ./{min(reserved)}')
   samples = {path: read_samples(path) for path in values.samples}
@@ -117,7 +117,7 @@ def _main(argv: Sequence[str]) -> None:
       train, held_out = read_splits(trained.experiment.data)
       val = val or held_out
   columns = compare(samples, train, val, values.at_least)
-  print(_printable('\n'.join([*table(columns, values.at_least), '', *list_copies(columns)])))
+  print(report.printable('\n'.join([*table(columns, values.at_least), '', *list_copies(columns)])))
   output = values.output or (values.workdir and os.path.join(values.workdir, 'statistics'))
   if output:
     write(pathlib.Path(output), columns, values.at_least)
@@ -253,8 +253,7 @@ def table(columns: Sequence[Column], at_least: int) -> list[str]:
     row('  median over samples', [statistics.median(each) if each else None for each in lengths], ',.0f'),
     row(f'in copies of {at_least} or more', [copied_share(c) for c in columns], '.1%'),
   ]
-  widths = [max(len(cells[i]) for cells in rows) for i in range(len(rows[0]))]
-  return ['  '.join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]) for cells in rows]
+  return report.aligned(rows)
 
 
 def copied_share(column: Column) -> float | None:
@@ -283,10 +282,6 @@ def _shorten(text: str) -> str:
   return f'{text[:half]!r} … {text[-half:]!r}'
 
 
-def _printable(text: str) -> str:
-  return text.encode('utf-8', 'replace').decode('utf-8')
-
-
 def write(directory: pathlib.Path, columns: Sequence[Column], at_least: int) -> None:
   """Writes statistics.json, and statistics.png where matplotlib is there."""
   directory.mkdir(parents=True, exist_ok=True)
@@ -295,14 +290,7 @@ def write(directory: pathlib.Path, columns: Sequence[Column], at_least: int) -> 
     row['copies'] = row['copies'] and [{'sample': i, **one} for i, one in row['copies']]
   content = {'at_least': at_least, 'columns': rows}
   (directory / 'statistics.json').write_text(json.dumps(content, indent=1, allow_nan=False) + '\n', encoding='utf-8')
-  try:
-    from matplotlib import figure
-  except ImportError:
-    print("no statistics.png without matplotlib: pip install 'textgen_jax[inspect]'", file=sys.stderr)
-    return
-  picture = figure.Figure(figsize=(11, 8), layout='constrained')
-  plot(picture, columns)
-  picture.savefig(directory / 'statistics.png', dpi=120)
+  report.save_picture(directory / 'statistics.png', (11, 8), lambda picture: plot(picture, columns))
 
 
 def plot(picture: Any, columns: Sequence[Column]) -> None:

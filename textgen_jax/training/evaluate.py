@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from textgen_jax import errors
@@ -121,9 +122,20 @@ class Reading:
 @functools.partial(jax.jit, static_argnames='model')
 def nll(model: base.LanguageModel, params: Any, cache: Any, batch: windows.Batch) -> tuple[jax.Array, Any]:
   """Each target's loss (nats), [B, T], and the cache after the batch."""
-  hidden_BTD, cache = model.apply({'params': params}, batch.tokens_BT, cache=cache, starts_BT=batch.starts_BT)
-  logits_BTV = model.apply({'params': params}, hidden_BTD, method='unembed')
+  logits_BTV, cache = _logits(model, params, cache, batch)
   return losses.nll(logits_BTV, batch.targets_BT), cache
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def nll_and_entropy(model: base.LanguageModel, params: Any, cache: Any, batch: windows.Batch) -> tuple[jax.Array, Any]:
+  """Each target's loss and the entropy of the distribution that predicts it (nats), [B, T, 2], and the cache after the batch."""
+  logits_BTV, cache = _logits(model, params, cache, batch)
+  return jnp.stack([losses.nll(logits_BTV, batch.targets_BT), losses.entropy(logits_BTV)], axis=-1), cache
+
+
+def _logits(model: base.LanguageModel, params: Any, cache: Any, batch: windows.Batch) -> tuple[jax.Array, Any]:
+  hidden_BTD, cache = model.apply({'params': params}, batch.tokens_BT, cache=cache, starts_BT=batch.starts_BT)
+  return model.apply({'params': params}, hidden_BTD, method='unembed'), cache
 
 
 def token_losses(
@@ -135,6 +147,7 @@ def token_losses(
   batch_size: int,
   put: Callable[[Any], Any] = jax.device_put,
   divisor: int = 1,
+  measure: Callable[..., tuple[jax.Array, Any]] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Places of tokens and their losses (nats), in no order: every token but the first that counts, each once, without dropout.
 
@@ -148,6 +161,7 @@ def token_losses(
     batch_size: rows in one call.
     put: brings arrays that lead with B to the devices.
     divisor: what `batch_size` is a multiple of, and must stay (the devices that rows are split over).
+    measure: what is taken of each token instead of `nll`, and like it; its values lead with [B, T].
 
   Raises:
     UserError: a token id is at or over the model's vocabulary.
@@ -166,8 +180,8 @@ def token_losses(
       part = jax.tree.map(lambda x, at=at: np.ascontiguousarray(x[at]), batch)
       if chunk and not batch.weights_BT[:, chunk * length :].any():
         break
-      nll_BT, cache = nll(model, params, cache, put(part))
-      waiting.append((part.weights_BT > 0, places_BT[at], nll_BT))
+      values_BT, cache = (measure or nll)(model, params, cache, put(part))
+      waiting.append((part.weights_BT > 0, places_BT[at], values_BT))
       # Two calls in flight keep the device busy; a long queue of collectives can lock up several CPU devices.
       if len(waiting) > 1:
         yield _counted(*waiting.pop(0))
@@ -175,8 +189,8 @@ def token_losses(
     yield _counted(*one)
 
 
-def _counted(counts_BT: np.ndarray, places_BT: np.ndarray, nll_BT: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-  return places_BT[counts_BT], np.asarray(nll_BT)[counts_BT]
+def _counted(counts_BT: np.ndarray, places_BT: np.ndarray, values_BT: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+  return places_BT[counts_BT], np.asarray(values_BT)[counts_BT]
 
 
 def evaluate(
