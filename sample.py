@@ -6,7 +6,7 @@ Results go to stdout (or --output), diagnostics to stderr. Equal flags give equa
 """
 
 import dataclasses
-import json
+import os
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
@@ -14,11 +14,9 @@ from typing import Any
 
 from absl import flags
 
-from textgen_jax import command_line, compilation, errors
-from textgen_jax.sampling import params
-from textgen_jax.text import base
-
-MAX_PROMPTS_BYTES = 1 << 30
+from textgen_jax import command_line, compilation, errors, interactive
+from textgen_jax.sampling import journal, manifest, params
+from textgen_jax.sampling import prompts as prompts_lib
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,9 +27,12 @@ def _define_flags() -> flags.FlagValues:
   values = flags.FlagValues()
   command_line.define_model_flags(values)
   text = {
-    'prompts_file': (None, 'prompts from a file: .txt, a line each, or .jsonl, {"prompt": ...} each'),
+    'prompts_file': (None, 'prompts from a file: .txt, a line each, or .jsonl, {"prompt": ...} each; -: lines of stdin'),
     'format': ('text', 'text (prompt and continuation, results set apart by ---) or jsonl'),
-    'output': (None, 'a file to write to instead of stdout'),
+    'output': (None, 'a new file to write to instead of stdout; as jsonl it goes on where a run was stopped'),
+    'manifest': (None, 'a new file for what it takes to write the texts again: hashes, versions, settings'),
+    'reproduce': (None, 'a manifest, whose texts are written again and compared'),
+    'draft': (None, 'the workdir of a smaller model of the same tokenizer, which guesses ahead; the texts stay the same'),
   }
   for name, (default, help_text) in text.items():
     flags.DEFINE_string(name, default, help_text, flag_values=values)
@@ -46,9 +47,12 @@ def _define_flags() -> flags.FlagValues:
     flags.DEFINE_list(name, [], comments[name] + '; with commas between them', flag_values=values)
   flags.DEFINE_list('logit_bias', [], 'nats added to the logits of token ids: 17:2.5,18:-1', flag_values=values)
   flags.DEFINE_multi_string('prompt', [], 'what the text begins with; may be repeated; none: a document start', flag_values=values)
+  flags.DEFINE_integer('draft_tokens', 4, 'guessed at a time by the draft', flag_values=values)
+  flags.DEFINE_integer('batch_size', 64, 'texts at a time; those of one prompt stay together', flag_values=values)
   switches = {
     'begins_document': (None, 'the prompt begins a document; not given: if the model was trained on documents apart'),
     'stream': (False, 'show one text as it is made'),
+    'interactive': (False, 'prompts and changes of settings, a line at a time'),
   }
   for name, (on, help_text) in switches.items():
     flags.DEFINE_bool(name, on, help_text, flag_values=values)
@@ -62,45 +66,112 @@ def _main(argv: Sequence[str]) -> None:
   command_line.need_workdir(values)
   if values.format not in ('text', 'jsonl'):
     raise errors.not_among('format', values.format, ('text', 'jsonl'))
+  for name in ('output', 'manifest'):
+    if values[name].value:
+      journal.check_new(name, values[name].value)
+  if values.reproduce:
+    _reproduce(values)
+    return
   settings = _settings(values)
-  if values.prompt and values.prompts_file:
-    raise errors.UserError('--prompt and --prompts_file: give one of them')
-  prompts = read_prompts(pathlib.Path(values.prompts_file)) if values.prompts_file else values.prompt or ['']
-  if values.stream and (len(prompts) > 1 or settings.num_samples > 1 or values.format != 'text' or values.output):
-    raise errors.UserError('--stream shows one sample of one prompt as text: drop the other prompts, num_samples, format or output')
-  if values.output and not pathlib.Path(values.output).absolute().parent.is_dir():
-    raise errors.UserError(f'output={values.output!r}: its directory does not exist')
-  if values.output and pathlib.Path(values.output).is_dir():
-    raise errors.UserError(f'output={values.output!r} is a directory')
-  if values.output and pathlib.Path(values.output).exists():
-    raise errors.UserError(f'output={values.output!r} exists: name a new file')
-  from textgen_jax import workdir  # after the checks: it takes seconds to import
-  from textgen_jax.sampling import batch, generate
+  prompts = _prompts(values)
+  _check_shown(values, prompts, settings)
+  from textgen_jax import generator  # after the checks: it takes seconds to import
+  from textgen_jax.sampling import batch
 
   compilation.keep_compiled()
-  trained = workdir.load(values.workdir, values.checkpoint)
-  if values.begins_document is None:
-    settings = dataclasses.replace(settings, begins_document=trained.experiment.training.mask_documents)
-  reaches = max(len(batch.prompt_ids(trained.tokenizer, prompt)) for prompt in prompts) + settings.max_new_tokens
-  if reaches > trained.model.context_length:
-    _tell_past_context(trained, reaches)
-  if values.stream:
+  source = generator.Generator.load(values.workdir, values.checkpoint, values.draft, values.draft_tokens)
+  if values.begins_document is not None:
+    source.begins_document = values.begins_document
+  reaches = max(len(batch.prompt_ids(source.tokenizer, prompt)) for prompt in prompts) + settings.max_new_tokens
+  if reaches > source.model.context_length:
+    _tell_past_context(source, reaches)
+  if values.interactive:
+    interactive.run(source, settings, interactive.read_lines(), lambda piece: write_stream([piece]))
+  elif values.stream:
+    pieces = source.stream(prompts[0], settings)
     write_stream([prompts[0]])
-    write_stream(generate.stream(trained.model, trained.params, trained.tokenizer, prompts[0], settings))
+    write_stream(pieces)
     write_stream(['\n'])
-    return
-  completions = generate.generate(trained.model, trained.params, trained.tokenizer, prompts, settings)
-  if values.format == 'jsonl':
-    text = ''.join(json.dumps(c.row(), ensure_ascii=False) + '\n' for c in completions)
   else:
-    text = '---\n'.join(f'{c.prompt}{c.text}\n' for c in completions)
-  if values.output:
-    try:
-      pathlib.Path(values.output).write_text(text, encoding='utf-8', errors='replace')
-    except OSError as error:
-      raise errors.MachineFailed(f'output={values.output!r} could not be written: {error.strerror}') from error
+    _write_all(values, source, prompts, settings)
+
+
+def _prompts(values: flags.FlagValues) -> list[str]:
+  if values.prompt and values.prompts_file:
+    raise errors.UserError('--prompt and --prompts_file: give one of them')
+  if not values.prompts_file:
+    return values.prompt or ['']
+  return prompts_lib.read_stdin() if values.prompts_file == '-' else prompts_lib.read(pathlib.Path(values.prompts_file))
+
+
+def _check_shown(values: flags.FlagValues, prompts: Sequence[str], settings: params.SamplingParams) -> None:
+  """Refuses flags that the way of showing the text can't follow."""
+  if not 1 <= values.batch_size <= manifest.MAX_BATCH_SIZE:
+    raise errors.UserError(f'batch_size={values.batch_size} is not in [1, {manifest.MAX_BATCH_SIZE}]')
+  if values.manifest and values.output and os.path.realpath(values.manifest) == os.path.realpath(values.output):
+    raise errors.UserError(f'manifest={values.manifest!r} is the output too: name two files')
+  if values.interactive:
+    unread = ('prompt', 'prompts_file', 'format', 'output', 'manifest', 'stream', 'batch_size', *interactive.UNREAD)
+    _refuse_given(values, unread, '--interactive writes one text after the other to stdout')
+  elif values.stream and (len(prompts) > 1 or settings.num_samples > 1 or values.format != 'text' or values.output or values.manifest):
+    what = 'the other prompts, num_samples, format, output or manifest'
+    raise errors.UserError(f'--stream shows one sample of one prompt as text: drop {what}')
+
+
+def _refuse_given(values: flags.FlagValues, names: Iterable[str], why: str) -> None:
+  given = [name for name in names if values[name].present]
+  if given:
+    raise errors.UserError(f'{why}: drop --{given[0]}')
+
+
+def _write_all(values: flags.FlagValues, source: Any, prompts: list[str], settings: params.SamplingParams) -> None:
+  how = {'batch_size': values.batch_size, 'progress': sys.stderr.isatty()}
+  if values.output and values.format == 'jsonl':
+    completions = source.generate_to(values.output, prompts, settings, **how)
   else:
-    write_stream([text])
+    completions = source.generate(prompts, settings, **how)
+    if values.format == 'jsonl':
+      lines = [journal.line(c.row()) for c in completions]
+    else:
+      lines = [('---\n' if i else '') + f'{c.prompt}{c.text}\n' for i, c in enumerate(completions)]
+    _write('output', values.output, lines)
+  if values.manifest:
+    _write('manifest', values.manifest, source.manifest(completions, settings, batch_size=values.batch_size))
+  print(source.timing, file=sys.stderr)
+
+
+def _write(field: str, path: str | None, lines: list[str]) -> None:
+  if path:
+    journal.write_new(field, path, lines)
+  else:
+    write_stream([''.join(lines)])
+
+
+def _reproduce(values: flags.FlagValues) -> None:
+  """Writes a manifest's texts again, as a manifest.
+
+  Raises:
+    UserError: it is damaged, or was written with another checkpoint.
+    MachineFailed: a text is another one.
+  """
+  read = ('workdir', 'reproduce', 'output', 'draft', 'draft_tokens')
+  _refuse_given(values, [name for name in values if name not in read], '--reproduce takes everything from the manifest')
+  wanted = manifest.read(values.reproduce)
+  step = wanted.header['checkpoint']['step']
+  if step is None:
+    raise errors.UserError(f"reproduce={values.reproduce!r} names no step: Generator.reproduce writes a script's own model again")
+  from textgen_jax import generator  # after the checks: it takes seconds to import
+
+  compilation.keep_compiled()
+  source = generator.Generator.load(values.workdir, str(step), values.draft, values.draft_tokens)
+  lines = source.reproduce(wanted, progress=sys.stderr.isatty())
+  _write('output', values.output, lines)
+  print(source.timing, file=sys.stderr)
+  differs = manifest.first_difference(wanted, lines)
+  if differs:
+    raise errors.MachineFailed(f'reproduce={values.reproduce!r}, line {differs}: this machine, or its versions, gives another text')
+  same = 'every byte' if lines == wanted.lines else 'every text; the header tells of another machine'
+  print(f'{values.reproduce}: the same, {same}', file=sys.stderr)
 
 
 def _settings(values: flags.FlagValues) -> params.SamplingParams:
@@ -109,7 +180,7 @@ def _settings(values: flags.FlagValues) -> params.SamplingParams:
     taken[name] = tuple(_number(name, one, int) for one in taken[name])
   pairs = [one.partition(':') for one in taken['logit_bias']]
   taken['logit_bias'] = tuple((_number('logit_bias', i, int), _number('logit_bias', bias, float)) for i, _, bias in pairs)
-  return params.SamplingParams(**{**taken, 'begins_document': bool(values.begins_document)})
+  return params.SamplingParams(**{**taken, 'begins_document': False})  # the generator knows
 
 
 def _number(name: str, text: str, kind: Any) -> Any:
@@ -119,11 +190,11 @@ def _number(name: str, text: str, kind: Any) -> Any:
     raise errors.UserError(f'{name}: {text!r} is not a number' + ('; write ID:NATS' if name == 'logit_bias' else '')) from error
 
 
-def _tell_past_context(trained, reaches: int) -> None:  # type: ignore[no-untyped-def]
-  context = trained.model.context_length
-  if trained.model.window is None:
+def _tell_past_context(source, reaches: int) -> None:  # type: ignore[no-untyped-def]
+  context = source.model.context_length
+  if source.model.window is None:
     how = 'its state carries on'
-  elif trained.model.slides:
+  elif source.model.slides:
     how = 'the last part of the text is read anew whenever the context is full'
   else:
     how = f'attention sees the last {context}'
@@ -135,34 +206,6 @@ def write_stream(pieces: Iterable[str]) -> None:
   for piece in pieces:
     sys.stdout.write(piece.encode('utf-8', 'replace').decode('utf-8'))
     sys.stdout.flush()
-
-
-def read_prompts(path: pathlib.Path) -> list[str]:
-  """Prompts of a .txt or .jsonl file, in order.
-
-  Raises:
-    UserError: names the file, the line and what it lacks.
-  """
-  try:
-    text = base.read_bounded(path, MAX_PROMPTS_BYTES, 'prompts_file').decode('utf-8-sig')
-    lines = text.replace('\r\n', '\n').removesuffix('\n').split('\n')
-  except UnicodeDecodeError as error:
-    raise errors.UserError(f"prompts_file={str(path)!r} isn't UTF-8 at byte {error.start}") from error
-  if lines == ['']:
-    raise errors.UserError(f'prompts_file={str(path)!r} holds no prompt')
-  if path.suffix != '.jsonl':
-    prompts = lines
-  else:
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-      try:
-        prompt = json.loads(line)['prompt']
-      except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise errors.UserError(f'prompts_file={str(path)!r}, line {number}: not {{"prompt": ...}}') from error
-      if not isinstance(prompt, str):
-        raise errors.UserError(f'prompts_file={str(path)!r}, line {number}: prompt={prompt!r} is not a string')
-      prompts.append(prompt)
-  return prompts
 
 
 if __name__ == '__main__':

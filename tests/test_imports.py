@@ -21,7 +21,7 @@ ORDER = [
   {'training', 'sampling'},
   {'experiment'},
   {'workdir', 'command_line', 'compilation', 'signals'},
-  {'assembly'},
+  {'assembly', 'generator', 'interactive'},
   {'trainer'},
   {'tools'},
 ]
@@ -177,6 +177,7 @@ def test_importing_everything_starts_no_backend_and_says_nothing():
 def test_flags_are_checked_before_the_slow_imports():
   """What train.py and sample.py import first: a wrong flag is answered without waiting for the checkpoint library."""
   heads = ['textgen_jax.command_line', 'textgen_jax.compilation', 'textgen_jax.experiment', 'textgen_jax.sampling.params']
+  heads += ['textgen_jax.sampling.journal', 'textgen_jax.sampling.manifest']
   check = "slow = {'orbax', 'tensorboardX', 'textgen_jax.trainer', 'textgen_jax.training.checkpoints'} & set(sys.modules)"
   done = run('\n'.join(['import sys', *(f'import {head}' for head in heads), check, 'print(*slow)']))
   assert (done.returncode, done.stdout.strip()) == (0, '')

@@ -48,11 +48,12 @@ def test_a_new_attention_and_a_hook(tmp_path, text_file):
 
 
 def test_sampling_from_a_script(trained, capsys):
-  script = python_block('workdir.load').replace('runs/shakespeare', str(trained)).replace("['ROMEO:', 'JULIET:']", "['the king', 'sea']")
+  script = python_block('Generator.load').replace('runs/shakespeare', str(trained)).replace("['ROMEO:', 'JULIET:']", "['the king', 'sea']")
   exec(compile(script, 'README.md', 'exec'), {})
   out = capsys.readouterr().out
   assert out.count('the king') >= 2
-  assert out.count('length') + out.count('stop') == 4
+  assert sum(out.count(f' {reason}\n') for reason in ('length', 'stop', 'lines', 'end')) == 3
+  assert 'prompts: 2, texts: 3, tokens: ' in out
 
 
 def test_nothing_is_left_to_fill_in():

@@ -61,7 +61,7 @@ def every_text(prompt, longest, scores):
 @families
 @pytest.mark.parametrize('penalty', [1.0, 0.0, 2.0, -0.5])
 def test_as_many_beams_as_there_are_texts_find_them_all_in_order(name, penalty):
-  settings = params.SamplingParams(max_new_tokens=3, num_beams=100, num_samples=100, length_penalty=penalty, log_probs=True)
+  settings = params.SamplingParams(max_new_tokens=3, num_beams=100, num_samples=85, length_penalty=penalty, log_probs=True)
   made = generate.generate(*subject(name), TOKENIZER, ['ab', 'd'], settings)
   assert len(made) == 2 * (1 + 4 + 16 * 5)
   for prompt in ('ab', 'd'):
@@ -136,7 +136,7 @@ def force(tokens_T, logits_BV, history):
 )
 def test_settings_shape_what_is_searched(changes, count):
   """Scores are of the adjusted, renormalised distribution: over all texts that it allows it sums to 1."""
-  settings = params.SamplingParams(max_new_tokens=3, num_beams=100, num_samples=100, **changes)
+  settings = params.SamplingParams(max_new_tokens=3, num_beams=100, num_samples=count, **changes)
   made = generate.generate(*subject('lstm'), TOKENIZER, ['ab'], settings)
   assert len({tuple(one.tokens) for one in made}) == len(made) == count
   assert sum(np.exp(one.score * len(one.tokens)) for one in made) == pytest.approx(1, abs=1e-4)
@@ -187,6 +187,12 @@ def test_weights_that_are_not_numbers_give_no_text():
 def test_what_makes_no_sense_is_refused(changes, told):
   with pytest.raises(errors.UserError, match=re.escape(told)):
     params.SamplingParams(**{'num_beams': 3, **changes})
+
+
+def test_more_texts_than_there_are():
+  settings = params.SamplingParams(max_new_tokens=3, num_beams=9, num_samples=3, choices=('ab', 'c'))
+  with pytest.raises(errors.UserError, match="num_samples=3: these settings allow 2 texts after 'd'"):
+    generate.generate(*subject('lstm'), TOKENIZER, ['d'], settings)
 
 
 def test_beams_cannot_be_streamed():

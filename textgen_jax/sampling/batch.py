@@ -19,7 +19,8 @@ class Batch(NamedTuple):
   """Prompts and settings, checked, with what the samplers need to know of them."""
 
   vocab: knobs_lib.Vocab
-  prompts: list[list[int]]
+  prompts: list[str]
+  ids: list[list[int]]  # of the prompts, at least one each
   settings: list[SamplingParams]
   negatives: list[list[int]] | None  # None: nobody uses guidance
   table: constraint.Table | None  # of the constraints; None: there are none
@@ -29,6 +30,7 @@ class Batch(NamedTuple):
     """These of them, which may repeat."""
     return self._replace(
       prompts=[self.prompts[i] for i in kept],
+      ids=[self.ids[i] for i in kept],
       settings=[self.settings[i] for i in kept],
       negatives=self.negatives and [self.negatives[i] for i in kept],
       states=self.states and [self.states[i] for i in kept],
@@ -60,7 +62,7 @@ def prepare(
   if any(one.guidance != 1 for one in settings):
     found = {one: prompt_ids(tokenizer, one.negative_prompt, one.begins_document) for one in dict.fromkeys(settings)}
     negatives = [found[one] for one in settings]
-  return Batch(vocab, encoded, list(settings), negatives, table, states)
+  return Batch(vocab, list(prompts), encoded, list(settings), negatives, table, states)
 
 
 def vocab_of(model: base.LanguageModel, params: Any, tokenizer: text_base.Tokenizer) -> knobs_lib.Vocab:

@@ -68,19 +68,30 @@ def generate(
   """
   each = [settings] * len(prompts) if isinstance(settings, SamplingParams) else settings
   batch = batch_lib.prepare(model, params, tokenizer, prompts, each, draft)
+  return [one for made in complete(model, params, tokenizer, batch, transforms, draft) for one in made]
+
+
+def complete(
+  model: base.LanguageModel,
+  params: Any,
+  tokenizer: text_base.Tokenizer,
+  batch: batch_lib.Batch,
+  transforms: Sequence[knobs_lib.Transform] = (),
+  draft: speculative.Draft | None = None,
+) -> list[list[Completion]]:
+  """What `generate` gives, a list a prompt, for prompts that were checked."""
   made: dict[int, list[Completion]] = {}
-  searched = [p for p, one in enumerate(each) if one.num_beams and one.max_new_tokens]
-  for size in dict.fromkeys(each[p].num_beams for p in searched):
-    chosen = [p for p in searched if each[p].num_beams == size]
-    texts = _search(model, params, tokenizer, batch.select(chosen), transforms)
-    made |= {p: [dataclasses.replace(one, prompt=prompts[p]) for one in found] for p, found in zip(chosen, texts, strict=True)}
-  owners = [(p, i) for p, one in enumerate(each) if p not in made for i in range(one.rows())]
+  searched = [p for p, one in enumerate(batch.settings) if one.num_beams and one.max_new_tokens]
+  for size in dict.fromkeys(batch.settings[p].num_beams for p in searched):
+    chosen = [p for p in searched if batch.settings[p].num_beams == size]
+    made |= dict(zip(chosen, _search(model, params, tokenizer, batch.select(chosen), transforms), strict=True))
+  owners = [(p, i) for p, one in enumerate(batch.settings) if p not in made for i in range(one.rows())]
   rows = _Rows(model, params, tokenizer, batch.select([p for p, _ in owners]), [i for _, i in owners], transforms, draft)
   for _ in rows:
     pass
-  for row, (p, i) in enumerate(owners):
-    made.setdefault(p, []).append(rows.completion(row, prompts[p], i))
-  return [one for p, settings in enumerate(each) for one in _best(made[p], settings)]
+  for row, (p, _) in enumerate(owners):
+    made.setdefault(p, []).append(rows.completion(row))
+  return [_best(made[p], settings) for p, settings in enumerate(batch.settings)]
 
 
 def _best(completions: list[Completion], settings: SamplingParams) -> list[Completion]:
@@ -101,12 +112,15 @@ def stream(
   transforms: Sequence[knobs_lib.Transform] = (),
   draft: speculative.Draft | None = None,
 ) -> Iterator[str]:
-  """One completion in pieces, as they are made; together they are what `generate` gives."""
+  """One completion in pieces, as they are made; together they are what `generate` gives. Checked when called, made when iterated."""
   if settings.num_beams or settings.best_of:
     name = 'num_beams' if settings.num_beams else 'best_of'
-    raise errors.UserError(f'{name}={getattr(settings, name)}: the text is known when it has ended, and can\'t be streamed')
+    raise errors.UserError(f"{name}={getattr(settings, name)}: the text is known when it has ended, and can't be streamed")
   batch = batch_lib.prepare(model, params, tokenizer, [prompt], [settings], draft)
-  rows = _Rows(model, params, tokenizer, batch, [0], transforms, draft)
+  return _pieces(_Rows(model, params, tokenizer, batch, [0], transforms, draft))
+
+
+def _pieces(rows: '_Rows') -> Iterator[str]:
   text, shown = rows.texts[0], 0
   for _ in rows:
     if text.stopped:
@@ -130,10 +144,10 @@ class _Rows:
     transforms: Sequence[knobs_lib.Transform],
     draft: speculative.Draft | None,
   ):
-    self._settings, self._vocab = batch.settings, batch.vocab
-    self.texts = [stopping.Text(tokenizer, prompt, one) for prompt, one in zip(batch.prompts, batch.settings, strict=True)]
+    self._batch, self._sample_indices = batch, sample_indices
+    self.texts = [stopping.Text(tokenizer, ids, one) for ids, one in zip(batch.ids, batch.settings, strict=True)]
     self._seen = [sampler_lib.Segment([], [], [], [], []) for _ in batch.settings]
-    rows = model, params, batch.prompts, batch.settings, sample_indices, batch.vocab
+    rows = model, params, batch.ids, batch.settings, sample_indices, batch.vocab
     self._sampler = sampler_lib.Sampler(
       *rows, negatives=batch.negatives, table=batch.table, states=batch.states, transforms=transforms, draft=draft
     )
@@ -149,15 +163,15 @@ class _Rows:
     for text in self.texts:
       text.flush()
 
-  def completion(self, row: int, prompt: str, sample_index: int) -> Completion:
-    text, seen, settings = self.texts[row], self._seen[row], self._settings[row]
-    made = Completion(prompt, text.text, text.ids, sample_index, settings.seed, finish_reason(text, settings, self._vocab))
-    return _told(made, seen, settings)
+  def completion(self, row: int) -> Completion:
+    return _completion(self._batch, row, self._sample_indices[row], self.texts[row], self._seen[row])
 
 
-def _told(made: Completion, seen: sampler_lib.Segment, settings: SamplingParams) -> Completion:
-  """The completion with what was asked for of its tokens."""
-  size = len(made.tokens)
+def _completion(batch: batch_lib.Batch, row: int, sample_index: int, text: stopping.Text, seen: sampler_lib.Segment) -> Completion:
+  """A row's text, and of its tokens what was asked for."""
+  settings, size = batch.settings[row], len(text.ids)
+  reason = finish_reason(text, settings, batch.vocab)
+  made = Completion(batch.prompts[row], text.text, text.ids, sample_index, settings.seed, reason)
   if settings.log_probs or settings.best_of:
     made.log_probs, made.drawn_log_probs, made.entropies = seen.log_probs[:size], seen.drawn_log_probs[:size], seen.entropies[:size]
   if settings.alternatives:
@@ -168,28 +182,25 @@ def _told(made: Completion, seen: sampler_lib.Segment, settings: SamplingParams)
 def _search(
   model: base.LanguageModel, params: Any, tokenizer: text_base.Tokenizer, batch: batch_lib.Batch, transforms: Sequence[knobs_lib.Transform]
 ) -> list[list[Completion]]:
-  """The best texts of each prompt; all have the same `num_beams`."""
-  found = beam.search(
-    model,
-    params,
-    batch.prompts,
-    batch.settings,
-    batch.vocab,
-    negatives=batch.negatives,
-    table=batch.table,
-    states=batch.states,
-    transforms=transforms,
-  )
+  """The best texts of each prompt; all have the same `num_beams`.
+
+  Raises:
+    UserError: there aren't as many texts as are asked for.
+  """
+  rows = model, params, batch.ids, batch.settings, batch.vocab
+  found = beam.search(*rows, negatives=batch.negatives, table=batch.table, states=batch.states, transforms=transforms)
   made: list[list[Completion]] = []
-  for prompt_ids, settings, hypotheses in zip(batch.prompts, batch.settings, found, strict=True):
+  for row, (ids, settings, hypotheses) in enumerate(zip(batch.ids, batch.settings, found, strict=True)):
+    if len(hypotheses) < settings.num_samples:
+      allowed = f'these settings allow {len(hypotheses)} texts after {batch.prompts[row]!r:.60}'
+      raise errors.UserError(f'num_samples={settings.num_samples}: {allowed}')
     made.append([])
     for rank, (trace, score) in enumerate(hypotheses[: settings.num_samples]):
       seen = sampler_lib.Segment.of(trace, 0, trace.token_BT.shape[1])
-      text = stopping.Text(tokenizer, prompt_ids, settings)
+      text = stopping.Text(tokenizer, ids, settings)
       text.feed(seen.tokens)
       text.flush()
-      reason = finish_reason(text, settings, batch.vocab)
-      made[-1].append(_told(Completion('', text.text, text.ids, rank, settings.seed, reason, score=score), seen, settings))
+      made[-1].append(dataclasses.replace(_completion(batch, row, rank, text, seen), score=score))
   return made
 
 

@@ -126,7 +126,9 @@ def _gather(rows: Sequence[params_lib.SamplingParams], name: str) -> jax.Array:
   if name == 'temperature':
     # Draws are argmax below 1e-30 and uniform above 1e30 as it is; further out float32 has no reciprocal, and 0 * -inf is NaN.
     values = np.where(values > 0, np.clip(values.astype(np.float64), 1e-30, 1e30), 0.0)
-  return jnp.asarray(np.clip(values.astype(np.float64), -1e30, 1e30), jnp.float32)  # float32 ends at 3e38, and 0 * inf is NaN
+  if name != 'min_log_prob':  # which is only compared
+    values = np.clip(values.astype(np.float64), -1e30, 1e30)  # float32 ends at 3e38, and 0 * inf is NaN
+  return jnp.asarray(values, jnp.float32)
 
 
 def _mark(ids: Iterable[Sequence[int]], num_rows: int, size: int) -> jax.Array:
