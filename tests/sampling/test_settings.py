@@ -72,7 +72,7 @@ def test_forty_settings_in_one_batch_are_one_compile_and_each_row_is_its_own(nam
   together = write(name, prompts, rows)
   assert decode.decode._cache_size() == before + 1
   assert len({tuple(completion.tokens) for completion in together}) > 30
-  for i in range(0, 40, 3 if name == 'lstm' else 5):  # each solo run compiles another program
+  for i in range(40):  # sixteen kinds of settings: each compiles another program
     assert write(name, prompts[i : i + 1], rows[i]) == together[i : i + 1]
   assert write(name, prompts[::-1], rows[::-1]) == together[::-1]
 
@@ -120,7 +120,7 @@ def test_log_probabilities_are_the_model_s(name):
 @families
 @pytest.mark.parametrize('regex', ['[a-f]{2,6} (19|20)\\d\\d', '(ab|cd)*k', '[^a]{1,5}\n'])
 def test_constrained_texts_match_at_any_temperature(name, regex):
-  made = write(name, [''], params.SamplingParams(max_new_tokens=16, temperature=1.5, num_samples=200, regex=regex))
+  made = write(name, [''], params.SamplingParams(max_new_tokens=16, temperature=1.5, num_samples=1000, regex=regex))
   assert all(re.fullmatch(regex, one.text) for one in made)
   assert len({one.text for one in made}) > 20
 
@@ -217,6 +217,13 @@ def test_what_the_vocabulary_cannot_give_is_refused_before_compiling(fields, tol
   with pytest.raises(errors.UserError, match=re.escape(told)) as caught:
     write('lstm', ['a'], Settings(**fields))
   assert '\n' not in str(caught.value)
+
+
+def test_a_prompt_past_the_limit_is_refused(monkeypatch):
+  monkeypatch.setattr(batch, 'MAX_PROMPT_TOKENS', 5)
+  assert batch.prompt_ids(TOKENIZER, 'abcde') == TOKENIZER.encode('abcde').tolist()
+  with pytest.raises(errors.UserError, match="prompt 'abcdef': its 6 tokens are more than 5"):
+    write('lstm', ['a', 'abcdef'], Settings())
 
 
 def test_a_row_without_log_probabilities_does_not_tell_them():

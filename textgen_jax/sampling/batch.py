@@ -15,6 +15,9 @@ from textgen_jax.sampling.params import SamplingParams
 from textgen_jax.text import base as text_base
 
 
+MAX_PROMPT_TOKENS = 1 << 20  # minutes of reading; a model sees no more than its context of them
+
+
 class Batch(NamedTuple):
   """Prompts and settings, checked, with what the samplers need to know of them."""
 
@@ -124,9 +127,15 @@ _compile_constraints = functools.lru_cache(maxsize=4)(constraint.compile_constra
 
 
 def prompt_ids(tokenizer: text_base.Tokenizer, prompt: str, begins_document: bool = False) -> list[int]:
-  """The prompt's ids; an empty prompt is what stands before a document."""
+  """The prompt's ids; an empty prompt is what stands before a document.
+
+  Raises:
+    UserError: it has a character that the tokenizer doesn't know, or more than MAX_PROMPT_TOKENS tokens.
+  """
   try:
     ids = [int(i) for i in tokenizer.encode(prompt)]
   except errors.UserError as error:
     raise errors.UserError(f'prompt {prompt!r:.60}: {error}') from error
+  if len(ids) > MAX_PROMPT_TOKENS:
+    raise errors.UserError(f'prompt {prompt!r:.60}: its {len(ids):,} tokens are more than {MAX_PROMPT_TOKENS:,}')
   return [tokenizer.special_ids['end_of_text'], *ids] if begins_document or not ids else ids
