@@ -14,7 +14,6 @@ from textgen_jax.sampling import knobs as knobs_lib
 from textgen_jax.sampling.params import SamplingParams
 from textgen_jax.text import base as text_base
 
-
 MAX_PROMPT_TOKENS = 1 << 20  # minutes of reading; a model sees no more than its context of them
 
 
