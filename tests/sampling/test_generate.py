@@ -186,8 +186,8 @@ def test_the_size_of_segments_changes_no_text(name):
 @pytest.mark.parametrize(
   ('name', 'lengths', 'sizes'),
   [
-    ('rotary', [5, 90, 3], [3, 1, 1]),
-    ('learned', [5, 90, 3], None),  # segments end where a context is full
+    ('rotary', [5, 90, 3, 4], [4, 2, 2]),
+    ('learned', [5, 90, 3, 4], None),  # segments end where a context is full
     ('lstm', [5, 90, 3, 5, 40, 90, 5], [7, 7, 2]),
     ('lstm', [5, 90, 3, 5, 40, 90, 5, 1], [8, 4, 2]),  # one finished row stays for a while
   ],
@@ -204,7 +204,7 @@ def test_finished_rows_are_let_go(name, lengths, sizes, monkeypatch):
 
   monkeypatch.setattr(decode, 'decode', recorded)
   completions = one.generate(['abc'] * len(rows), rows)
-  assert seen == sizes if sizes else (seen[0], seen[-1]) == (3, 1)
+  assert seen == sizes if sizes else (seen[0], seen[-1]) == (4, 2)
   assert [completion.tokens for completion in completions] == [one.reference('abc', row) for row in rows]
 
 

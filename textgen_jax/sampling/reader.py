@@ -29,7 +29,7 @@ class Reader:
     self.model, self.params, self.cache = model, params, None
     self.lines, self._ahead = list(lines), ahead
     self._starts = [0] * len(self.lines)  # where in the line the context that the model sees begins
-    self._used = self._capacity = self._chunk = 0
+    self._used = self._capacity = self._chunk = self._most = 0
 
   def room(self) -> int | None:
     """How many tokens may still be read before the context must be read anew; None: any number."""
@@ -49,7 +49,10 @@ class Reader:
     if self.model.window is not None:
       self._chunk = min(self._chunk, self.model.window)
     self._used = -(-longest // self._chunk) * self._chunk
-    self._capacity = self._bounded(power_of_two(min(max(self._used + segment, 256), self._used + more) + self._ahead, low=64))
+    self._most = -(-(self._used + more + self._ahead) // 64) * 64
+    # A text of known, moderate length gets its room at once: each size is compiled.
+    first = self._most if self._most <= 512 else power_of_two(max(self._used + segment + self._ahead, 256), low=64)
+    self._capacity = self._bounded(first)
     self.cache = decode.new_cache(self.model, self.params, len(contexts), self._capacity, self._ahead)
     # Lines end together, so that all rows write at one place from then on.
     tokens_BT = np.zeros((len(contexts), self._used), np.int32)
@@ -62,9 +65,10 @@ class Reader:
       self.cache = decode.prefill(self.model, self.params, self.cache, tokens_BT[part], valid_BT[part])
 
   def reserve(self, more: int) -> None:
-    """Room for `more` tokens a line. Attention's cost follows the text: the cache doubles when it is full, up to its ring."""
+    """Room for `more` tokens a line. Attention's cost follows the text: a full cache doubles, up to the text's end or its ring."""
     self._used += more
-    capacity = self._bounded(max(self._capacity, power_of_two(self._used + self._ahead, low=64)))
+    needed = min(power_of_two(self._used + self._ahead, low=64), self._most)
+    capacity = self._bounded(max(self._capacity, needed))
     if capacity > self._capacity:
       self.cache = self.model.grow_cache(self.cache, capacity)
       self._capacity = capacity

@@ -87,6 +87,8 @@ class Sampler:
 
   def __iter__(self) -> Iterator[dict[int, 'Segment']]:
     self._batch = [i for i, row in enumerate(self._rows) if not row.done]
+    if len(self._batch) == 1 and self._draft is None:
+      self._batch *= 2  # XLA's CPU backend copies a lone row's whole cache with each token: two lines of it take less time
     if self._batch:
       self._readers = self._new_readers()
       self._state = self._first_state()
@@ -123,7 +125,7 @@ class Sampler:
       raise errors.NoGoodCheckpoint('the model gives a logit that is not a number: its parameters can\'t be good')
     news: dict[int, Segment] = {}
     for b, (i, row) in enumerate(zip(self._batch, rows, strict=True)):
-      if row.done:
+      if row.done or i in news:
         continue
       count = int(drawn_B[b]) - row.drawn
       news[i] = Segment.of(trace, b, count)
@@ -160,7 +162,7 @@ class Sampler:
 
   def _let_go(self, active: list[int]) -> None:
     """Drops finished rows once they are half of the batch: each size is compiled once."""
-    size = reader.power_of_two(len(active), low=1)
+    size = reader.power_of_two(len(active), low=2)
     if size > len(self._batch) // 2:
       return
     kept = active + [i for i in self._batch if i not in active][: size - len(active)]
