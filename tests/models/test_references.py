@@ -2,13 +2,11 @@
 
 import pathlib
 
+import gpt2_weights
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
-from textgen_jax import trees
 from textgen_jax.models import build, lstm, transformer
 
 FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
@@ -19,60 +17,16 @@ def load(name):
     return dict(file)
 
 
-def fill(model, found):
-  """Params from arrays by name; every array is used and every param set."""
-  shapes = nn.unbox(jax.eval_shape(lambda: model.init(jax.random.PRNGKey(0), jnp.zeros((1, 2), jnp.int32), method='init_everything')))
-
-  def take(name, leaf):
-    array = found.pop(name)
-    assert array.shape == leaf.shape, name
-    return jnp.asarray(array)
-
-  params = trees.map_with_names(take, shapes['params'])
-  assert not found
-  return params
-
-
 def logits(model, params, tokens_BT):
   run = jax.jit(lambda params: model.apply({'params': params}, tokens_BT, method='init_everything'))
   return run(params)
 
 
-def gpt2_params(file, num_layers):
-  found = {'embed/embedding': file.pop('transformer.wte.weight'), 'position/embedding': file.pop('transformer.wpe.weight')}
-
-  def copy(theirs, ours, weight):
-    found[f'{ours}/{weight}'], found[f'{ours}/bias'] = file.pop(f'transformer.{theirs}.weight'), file.pop(f'transformer.{theirs}.bias')
-
-  for n in range(num_layers):
-    for theirs, ours in (('ln_1', 'attention_norm'), ('ln_2', 'mlp_norm')):
-      copy(f'h.{n}.{theirs}', f'block_{n}/{ours}', 'scale')
-    for theirs, ours in (('attn.c_proj', 'attention/output'), ('mlp.c_fc', 'mlp/up'), ('mlp.c_proj', 'mlp/down')):
-      copy(f'h.{n}.{theirs}', f'block_{n}/{ours}', 'kernel')
-    for ours, theirs in (('kernel', 'weight'), ('bias', 'bias')):
-      parts = np.split(file.pop(f'transformer.h.{n}.attn.c_attn.{theirs}'), 3, axis=-1)
-      found |= {f'block_{n}/attention/{name}/{ours}': part for name, part in zip(('query', 'key', 'value'), parts, strict=True)}
-  copy('ln_f', 'final_norm', 'scale')
-  return found
-
-
 def test_gpt2():
-  config = transformer.TransformerConfig(
-    dim=24,
-    num_layers=3,
-    num_heads=4,
-    position='learned',
-    norm='layer',
-    activation='gelu',
-    qk_norm=False,
-    bias=True,
-    tied_embedding=True,
-    compute_dtype='float32',
-  )
   file = load('gpt2.npz')
   tokens_BT, expected_BTV = file.pop('tokens'), file.pop('logits')
-  model = build.build(config, 61, 32)
-  params = fill(model, gpt2_params(file, 3))
+  model = build.build(gpt2_weights.config(dim=24, num_layers=3, num_heads=4), 61, 32)
+  params = gpt2_weights.fill(model, gpt2_weights.rename(file, 3))
   assert not file
   np.testing.assert_allclose(logits(model, params, tokens_BT), expected_BTV, rtol=0, atol=5e-5)
 
@@ -106,7 +60,7 @@ def test_llama():
   file = load('llama.npz')
   tokens_BT, expected_BTV = file.pop('tokens'), file.pop('logits')
   model = build.build(config, 61, 32)
-  params = fill(model, llama_params(file, 2))
+  params = gpt2_weights.fill(model, llama_params(file, 2))
   assert not file
   np.testing.assert_allclose(logits(model, params, tokens_BT), expected_BTV, rtol=0, atol=5e-5)
 

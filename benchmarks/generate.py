@@ -1,0 +1,286 @@
+"""Tokens a second beside Hugging Face `generate`, both libraries holding the same GPT-2; and what a larger cache costs.
+
+  pip install -e '.[bench]'
+  python benchmarks/generate.py [--repeats=7] [--together]
+
+Both draw 256 tokens at temperature 0.8 after prompts of 8, in turns and with another seed each time, through their public calls:
+texts in and texts out for ours, ids in and ids out for theirs. First both continue the same prompts greedily, and the script ends
+where their tokens differ. Each contender has a process of its own that sleeps while another is timed (--together: one process for all).
+torch runs with one thread and with all cores, and ratios are to the faster of the two: two threads that wait for each other at every
+operation are a little faster alone, and many times slower where another process takes a core away.
+
+Capacity is measured twice. Through `generate`, whose cache follows the text: C/2 tokens drawn after C/2, less the time of a call
+that draws one token, so that reading the prompt doesn't count. And with a cache of C slots whatever the text, which is always 64
+tokens: the model alone.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import gpt2_weights
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from textgen_jax.models import base, build, lstm, transformer
+from textgen_jax.sampling import generate, params
+from textgen_jax.text import char
+
+DIM, NUM_LAYERS, NUM_HEADS, VOCAB_SIZE, CONTEXT_LENGTH = 128, 4, 4, 65, 1024
+PROMPT_TOKENS, NEW_TOKENS, GREEDY_TOKENS, TEMPERATURE = 8, 256, 64, 0.8
+BATCHES = (1, 16)
+CAPACITIES = (64, 128, 256, 512, 1024)
+CAPACITY_TOKENS = 512  # drawn in one measurement, whatever the capacity: else the short ones would be the noisy ones
+PAUSE_S = 0.2  # before a measurement, so that the threads of the one before have gone to sleep
+OURS, THEIRS = 'textgen_jax, GPT-2', 'Hugging Face, GPT-2, threads: '
+CORES = os.cpu_count() or 2
+
+# (prompts_BT, new_tokens, temperature, seed) -> the new tokens of each row; prompts are ids below 64, for the last id ends a document.
+Draw = Callable[[list[list[int]], int, float, int], list[list[int]]]
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--repeats', type=int, default=7)
+  parser.add_argument('--together', action='store_true', help='one process for all, where both libraries have their threads')
+  parser.add_argument('--torch_threads', type=int, nargs='+', default=[1, CORES], help='a row each; leave out the second on a busy machine')
+  parser.add_argument('--serve', nargs=2, metavar=('NAME', 'WEIGHTS'), help='for the script itself: time what stdin asks for')
+  args = parser.parse_args()
+  if args.serve:
+    serve(makers(args.torch_threads)[args.serve[0]](args.serve[1]))
+    return
+  versions = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'jaxlib', 'torch', 'transformers'))
+  where = 'one process for all' if args.together else 'a process each'
+  print(f'{CORES} cores, {where}; {versions}\n')
+  with tempfile.TemporaryDirectory() as folder:
+    weights = os.path.join(folder, 'gpt2.npz')
+    write_weights(weights)
+    contenders: dict[str, Any] = {}
+    for name, make in makers(args.torch_threads).items():
+      contenders[name] = functools.partial(timed, make(weights)) if args.together else Apart(name, weights, args.torch_threads)
+    check_same(contenders)
+    compare(contenders, args.repeats)
+    for contender in contenders.values():
+      if isinstance(contender, Apart):
+        contender.close()
+    capacity(weights, args.repeats)
+
+
+def write_weights(path: str) -> None:
+  """A GPT-2 with random biases and scales too, so that none is lost unseen, and logits that are far enough apart to compare."""
+  import torch
+
+  torch.manual_seed(0)
+  model = their_model()
+  with torch.no_grad():
+    for name, param in model.named_parameters():
+      if param.ndim > 1:
+        param.normal_(0.0, 0.2)
+      else:
+        param.normal_(1.0 if name.endswith('weight') else 0.0, 0.1)
+  np.savez(path, **{name: param.detach().numpy() for name, param in model.named_parameters()})  # the tied table once
+
+
+def their_model() -> Any:
+  import transformers
+
+  no_special_tokens = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
+  sizes = {'n_layer': NUM_LAYERS, 'n_embd': DIM, 'n_head': NUM_HEADS, 'vocab_size': VOCAB_SIZE, 'n_positions': CONTEXT_LENGTH}
+  return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **no_special_tokens)).eval()
+
+
+def theirs(threads: int, weights: str) -> Draw:
+  import torch
+  import transformers
+
+  transformers.logging.set_verbosity_error()
+  model = their_model()
+  with np.load(weights) as file:
+    model.load_state_dict({name: torch.from_numpy(file[name]) for name in file}, strict=False)
+  model.tie_weights()
+
+  @torch.inference_mode()
+  def draw(prompts: list[list[int]], new_tokens: int, temperature: float, seed: int) -> list[list[int]]:
+    torch.set_num_threads(threads)  # here, for another contender of this process may have another number
+    torch.manual_seed(seed)
+    # Its default of the 50 likeliest is off: ours draws among all 65 too.
+    how = {'do_sample': True, 'temperature': temperature, 'top_k': 0} if temperature else {'do_sample': False}
+    ids = torch.tensor(prompts)
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, use_cache=True, pad_token_id=0, **how)
+    return made[:, ids.shape[1] :].tolist()
+
+  return draw
+
+
+def ours(model: Any, weights: Any) -> Draw:
+  tokenizer = char.CharTokenizer(''.join(map(chr, range(64, 64 + VOCAB_SIZE - 1))), '')
+
+  def draw(prompts: list[list[int]], new_tokens: int, temperature: float, seed: int) -> list[list[int]]:
+    settings = params.SamplingParams(max_new_tokens=new_tokens, temperature=temperature, seed=seed, stop_at_end=False)
+    texts = [tokenizer.decode(prompt) for prompt in prompts]
+    return [one.tokens for one in generate.generate(model, weights, tokenizer, texts, settings)]
+
+  return draw
+
+
+def same_gpt2(weights: str, context_length: int = CONTEXT_LENGTH) -> tuple[Any, Any]:
+  model = build.build(gpt2_weights.config(DIM, NUM_LAYERS, NUM_HEADS), VOCAB_SIZE, context_length)
+  with np.load(weights) as file:
+    found = dict(file)
+  return model, gpt2_weights.fill(model, gpt2_weights.rename(found, NUM_LAYERS))
+
+
+def fresh(config: build.ModelConfig) -> tuple[Any, Any]:
+  model = build.build(config, VOCAB_SIZE, CONTEXT_LENGTH)
+  return model, nn.unbox(base.init_params(model, jax.random.PRNGKey(0)))
+
+
+MODERN = transformer.TransformerConfig(dim=DIM, num_layers=NUM_LAYERS, num_heads=NUM_HEADS, compute_dtype='float32')
+LSTM = lstm.LSTMConfig(dim=224, num_layers=2, compute_dtype='float32')  # 0.82 M weights; the blocks of the Transformers have 0.79 M
+def makers(torch_threads: list[int]) -> dict[str, Callable[[str], Draw]]:
+  """By name, in the order of their turns; each takes the path of the weights."""
+  return {
+    OURS: lambda weights: ours(*same_gpt2(weights)),
+    **{f'{THEIRS}{threads}': functools.partial(theirs, threads) for threads in sorted(set(torch_threads))},
+    'textgen_jax, Transformer as by default': lambda _: ours(*fresh(MODERN)),
+    'textgen_jax, LSTM': lambda _: ours(*fresh(LSTM)),
+  }
+
+
+def timed(draw: Draw, *request: Any) -> tuple[float, list[list[int]]]:
+  time.sleep(PAUSE_S)
+  began = time.perf_counter()
+  tokens = draw(*request)
+  return time.perf_counter() - began, tokens
+
+
+def serve(draw: Draw) -> None:
+  for line in sys.stdin:
+    print(json.dumps(timed(draw, *json.loads(line))), flush=True)
+
+
+class Apart:
+  """A contender in a process of its own, which sleeps until it is called."""
+
+  def __init__(self, name: str, weights: str, torch_threads: list[int]):
+    threads = [f'{n}' for n in torch_threads]
+    command = [sys.executable, str(pathlib.Path(__file__).resolve()), '--serve', name, weights, '--torch_threads', *threads]
+    self._name, self._process = name, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+  def __call__(self, *request: Any) -> tuple[float, list[list[int]]]:
+    print(json.dumps(request), file=self._process.stdin, flush=True)
+    line = self._process.stdout.readline()
+    if not line:
+      raise SystemExit(f'{self._name} ended with {self._process.wait()}')
+    seconds, tokens = json.loads(line)
+    return seconds, tokens
+
+  def close(self) -> None:
+    self._process.stdin.close()
+    self._process.wait()
+
+
+def prompts(batch: int, seed: int) -> list[list[int]]:
+  return np.random.default_rng(seed).integers(0, VOCAB_SIZE - 1, (batch, PROMPT_TOKENS)).tolist()
+
+
+def check_same(contenders: dict[str, Any]) -> None:
+  """Ends the script where the two greedy continuations differ."""
+  rows = max(BATCHES)
+  (_, mine), *others = (contenders[name](prompts(rows, 0), GREEDY_TOKENS, 0.0, 0) for name in contenders if name.startswith((OURS, THEIRS)))
+  for _, other in others:
+    wrong = [row for row in range(rows) if mine[row] != other[row]]
+    if wrong:
+      raise SystemExit(f'row {wrong[0]}: greedy tokens differ, {mine[wrong[0]]} and {other[wrong[0]]}')
+  kinds = statistics.mean(len(set(row)) for row in mine)
+  print(f'Greedy tokens are the same in both: {rows} rows of {GREEDY_TOKENS}, {kinds:.0f} different ones in a row.\n', flush=True)
+
+
+def compare(contenders: dict[str, Any], repeats: int) -> None:
+  print(f'| model | batch | tokens/s, median of {repeats} | least to most | times Hugging Face | least to most, by turn |')
+  print('|---' * 6 + '|')
+  for batch in BATCHES:
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(-1, repeats):  # the first compiles and warms up
+      for name, contender in contenders.items():
+        seconds, tokens = contender(prompts(batch, turn + 1), NEW_TOKENS, TEMPERATURE, turn + 1)
+        assert [len(row) for row in tokens] == [NEW_TOKENS] * batch, name
+        if turn >= 0:
+          speeds[name].append(batch * NEW_TOKENS / seconds)
+    best = max((speeds[name] for name in contenders if name.startswith(THEIRS)), key=statistics.median)
+    for name, speed in speeds.items():
+      cells = [name, f'{batch}', f'{statistics.median(speed):,.0f}', f'{min(speed):,.0f} to {max(speed):,.0f}']
+      ratios = [mine / other for mine, other in zip(speed, best, strict=True)]
+      ratio = statistics.median(speed) / statistics.median(best)
+      print('| ' + ' | '.join([*cells, f'{ratio:.2f}', f'{min(ratios):.2f} to {max(ratios):.2f}']) + ' |', flush=True)
+
+
+def capacity(weights: str, repeats: int) -> None:
+  """Microseconds a step, all rows together, by the cache's slots."""
+  model, values = same_gpt2(weights)
+  kinds = {
+    'text and cache grow': functools.partial(growing_us, ours(model, values)),
+    'cache alone': functools.partial(forced_us, model, values),
+  }
+  print('\n| microseconds a step, GPT-2 | batch | ' + ' | '.join(f'{c} slots' for c in CAPACITIES) + ' | most / least |')
+  print('|---' * (len(CAPACITIES) + 3) + '|')
+  for name, measure in kinds.items():
+    for batch in BATCHES:
+      times: dict[int, list[float]] = {c: [] for c in CAPACITIES}
+      for turn in range(-1, repeats):
+        for c in CAPACITIES:
+          us = measure(batch, c, turn + 1)
+          if turn >= 0:
+            times[c].append(us)
+      medians = [statistics.median(times[c]) for c in CAPACITIES]
+      print(f'| {name} | {batch} | ' + ' | '.join(f'{us:.0f}' for us in medians) + f' | {max(medians) / min(medians):.2f} |', flush=True)
+
+
+def growing_us(draw: Draw, batch: int, size: int, seed: int) -> float:
+  """A step of `generate` on texts that grow from C/2 to C tokens."""
+  calls, new_tokens = CAPACITY_TOKENS // (size // 2), size // 2
+  texts = np.random.default_rng(seed).integers(0, VOCAB_SIZE - 1, (batch, size // 2 + 1)).tolist()  # the last one is read as it is drawn on
+
+  def seconds(n: int) -> float:
+    began = time.perf_counter()
+    for i in range(calls):
+      draw(texts, n, TEMPERATURE, seed * calls + i)
+    return time.perf_counter() - began
+
+  return (seconds(new_tokens) - seconds(1)) / (calls * (new_tokens - 1)) * 1e6
+
+
+def forced_us(model: Any, weights: Any, batch: int, size: int, seed: int) -> float:
+  """A greedy step on texts that grow from nothing to 64 tokens in a cache of C slots."""
+  token_B = jnp.full((batch,), seed % VOCAB_SIZE, jnp.int32)
+  began = time.perf_counter()
+  for _ in range(CAPACITY_TOKENS // CAPACITIES[0]):
+    token_B, cache = continue_greedily(model, weights, token_B, model.init_cache(batch, size), CAPACITIES[0])
+  jax.block_until_ready((token_B, cache))
+  return (time.perf_counter() - began) / CAPACITY_TOKENS * 1e6
+
+
+@functools.partial(jax.jit, static_argnames='model', donate_argnames='cache')
+def continue_greedily(model: Any, weights: Any, token_B: jax.Array, cache: Any, steps: int) -> tuple[jax.Array, Any]:
+  def step(_: Any, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+    hidden_BTD, cache = model.apply({'params': weights}, carry[0][:, None], cache=carry[1])
+    logits_BTV = model.apply({'params': weights}, hidden_BTD, method='unembed')
+    return jnp.argmax(logits_BTV[:, 0], axis=-1).astype(jnp.int32), cache
+
+  return jax.lax.fori_loop(0, steps, step, (token_B, cache))
+
+
+if __name__ == '__main__':
+  main()
