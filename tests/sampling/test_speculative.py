@@ -1,6 +1,7 @@
 """A draft changes how often the model is asked, and nothing else."""
 
 import dataclasses
+import functools
 import itertools
 import re
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from sampling import test_settings
 
 from textgen_jax import errors
@@ -116,22 +118,35 @@ def test_every_setting_gives_the_text_that_it_gives_without_a_draft(name, draft_
     np.testing.assert_allclose(one.drawn_log_probs, other.drawn_log_probs, atol=1e-4)
 
 
-@pytest.mark.parametrize('position', ['rotary', 'learned'])
-@pytest.mark.parametrize('draft_context', [8, 64])
-def test_past_the_context(position, draft_context):
-  def small(context, seed):
-    config = dataclasses.replace(test_settings.CONFIGS['transformer'], position=position)
-    model = build.build(config, TOKENIZER.vocab_size, context)
-    weights = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method='init_everything')['params']
-    leaves, structure = jax.tree.flatten(jax.tree.map(lambda x: x.value, weights, is_leaf=lambda x: hasattr(x, 'names')))
-    rng = np.random.default_rng(seed)
-    return model, structure.unflatten([jnp.asarray(rng.normal(scale=0.4, size=leaf.shape), leaf.dtype) for leaf in leaves])
+@functools.cache
+def random_weights(name, context, seed):
+  """A small model of a family, or with learned positions; its weights, and the same with noise."""
+  config = test_settings.CONFIGS['lstm' if name == 'lstm' else 'transformer']
+  config = config if name == 'lstm' else dataclasses.replace(config, position=name)
+  model = build.build(config, TOKENIZER.vocab_size, context)
+  shapes = jax.eval_shape(functools.partial(model.init, method='init_everything'), jax.random.key(0), jnp.zeros((2, 4), jnp.int32))
+  leaves, structure = jax.tree.flatten(nn.meta.unbox(shapes)['params'])
+  rng = np.random.default_rng(seed)
+  own = [rng.normal(scale=0.4, size=leaf.shape).astype(np.float32) for leaf in leaves]
+  noisy = [x + rng.normal(scale=0.08, size=x.shape).astype(np.float32) for x in own]
+  return model, *(structure.unflatten([jnp.asarray(x) for x in each]) for each in (own, noisy))
 
-  model, weights = small(16, 1)
-  prompts, settings = ['abc', 'a fig ' * 4, ''], Settings(max_new_tokens=70, temperature=0.7, seed=1)
-  plain = generate.generate(model, weights, TOKENIZER, prompts, settings)
-  draft = speculative.Draft(*small(draft_context, 1 if draft_context == 8 else 2), 3)
-  assert generate.generate(model, weights, TOKENIZER, prompts, settings, draft=draft) == plain
+
+@pytest.mark.parametrize('name', ['rotary', 'learned', 'lstm'])
+@pytest.mark.parametrize('draft', ['noisy copy', 'stranger', 'stranger with a short context'])
+def test_rows_that_wait_for_each_other_over_several_segments(name, draft):
+  """Ragged rows past the context, by a draft that is right now and then: some rows are ahead, and wait at each segment's end."""
+  prompts = ['abc', 'a fig ' * 4, '', 'kk', '0123456789 abcdef']
+  for seed in (1, 2):
+    model, weights, noisy = random_weights(name, 16, seed)
+    strange = random_weights('lstm' if name != 'lstm' else 'learned', 64 if draft == 'stranger' else 8, seed + 7)
+    guess = speculative.Draft(model, noisy, 4) if draft == 'noisy copy' else speculative.Draft(*strange[:2], 3)
+    settings = [Settings(max_new_tokens=105 + i, temperature=0.3 * i, seed=seed, log_probs=True) for i in range(5)]
+    plain = generate.generate(model, weights, TOKENIZER, prompts, settings)
+    drafted = generate.generate(model, weights, TOKENIZER, prompts, settings, draft=guess)
+    assert [one.tokens for one in drafted] == [one.tokens for one in plain]
+    for one, other in zip(plain, drafted, strict=True):
+      np.testing.assert_allclose(one.log_probs, other.log_probs, atol=2e-5)
 
 
 @test_settings.families
@@ -144,8 +159,8 @@ def test_a_draft_that_knows_better_saves_calls(name):
   for kind, draft in (('own', weights), ('other', others)):
     guess = speculative.Draft(model, draft, 4)
     made = sampler.Sampler(model, weights, prompts, settings, range(3), knobs_lib.Vocab(24), draft=guess, segment=32)
-    tokens = [segment[0].tokens for segment in made]
-    assert sum(map(len, tokens)) == 64
+    tokens = [token for segment in made for token in segment[0].tokens]
+    assert tokens == write(name, ['abc'], settings[0])[0].tokens
     rounds[kind] = made.rounds
   # Six rounds of five tokens and one of two, whose guesses are taken back, in each of two segments.
   assert rounds['own'] == 3 * 2 * 7

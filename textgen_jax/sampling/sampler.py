@@ -107,7 +107,7 @@ class Sampler:
     if self._draft is None:
       return [reader.Reader(self._model, self._params, lines)]
     models = [(self._model, self._params), (self._draft.model, self._draft.params)]
-    return [reader.Reader(*one, lines, self._draft.tokens) for one in models]
+    return [reader.Reader(*one, lines, self._draft.tokens + 1) for one in models]
 
   def _first_state(self) -> decode.Rows:
     settings, uses = [self._rows[i].params for i in self._batch], self._uses
@@ -138,9 +138,11 @@ class Sampler:
   def _decode(self, limit: int) -> tuple[decode.Trace, jax.Array]:
     """One segment on the devices, as far as the models' contexts reach."""
     rooms = [room for one in self._readers if (room := one.room()) is not None]
-    # Guesses must fit too: where a context is nearly full, the rest of it is drawn without them.
-    ahead = self._draft.tokens if self._draft and all(room > self._draft.tokens for room in rooms) else 0
-    limit = min([limit, *(room - ahead for room in rooms)])
+    # A row that has its share reads a whole round on, to take it back. Where that doesn't fit, what is left of a context is drawn
+    # without guesses: then all rows go step by step.
+    past = 0 if self._draft is None else self._draft.tokens + 1
+    past = past if all(room > past for room in rooms) else 0
+    limit = min([limit, *(room - past for room in rooms)])
     for one in self._readers:
       one.reserve(limit)
     static: dict[str, Any] = {'uses': self._uses, 'size': self._segment}
@@ -155,7 +157,7 @@ class Sampler:
       *(self._model, self._params, self._draft.model, self._draft.params, speculative.Caches(own.cache, drafts.cache)),
       *(self._state, self._table, np.int32(limit)),
       **static,
-      ahead=ahead,
+      ahead=max(past - 1, 0),
     )
     self.rounds += int(rounds_B.sum())
     return trace, sound_B

@@ -57,7 +57,8 @@ def decode(
     params: its parameters.
     draft_model: the one that guesses.
     draft_params: its parameters.
-    caches: begun with `rewinds` of at least `ahead + 1` and as many slots more than `limit`; donated.
+    caches: begun with `rewinds` of at least `ahead + 1` and as many slots more than `limit`, for a row that waits for others
+      goes on reading; donated.
     rows: the rows' state, without guidance; donated.
     table: the rows' constraints (`constraint.Table`); None without any.
     limit: at most `size`; traced.
