@@ -61,3 +61,11 @@ def test_nothing_is_left_to_fill_in():
     text = path.read_text()
     assert not re.search(r'\b(TABLE|FIGURES|SCORE|TODO|TBD|XXX)\b|_(TABLE|FIGURES)\b', text), path
     assert path.suffix == '.md' or re.search(r'[Ss]core', text), path
+
+
+def test_the_house_names_every_module():
+  tree = re.search(r'## The house\n\n```\n(.*?)```', README, re.DOTALL).group(1)
+  modules = [path for path in (ROOT / 'textgen_jax').rglob('*.py') if path.stem != '__init__']
+  assert len(modules) > 50
+  together = ('data', 'text', 'statistics', 'tools')  # named by what they hold
+  assert not [path for path in modules if path.parent.name not in together and not re.search(rf'\b{path.stem}\b', tree)]

@@ -21,3 +21,8 @@ VOCAB = 'vocab'
 POSITION = 'position'
 
 ALL = (BATCH, TIME, EMBED, HEADS, MLP, GATES, VOCAB, POSITION)
+
+
+def power_of_two(size: int, low: int = 1) -> int:
+  """The next power of two, at least `low`, itself one: arrays of about one size then share what was compiled."""
+  return max(low, 1 << max(size - 1, 0).bit_length())

@@ -113,6 +113,7 @@ def test_far_past_the_context(name):
   for one in made:
     assert len(one.tokens) == 70
     assert one.score == pytest.approx(sum(one.log_probs) / 70, abs=1e-5)
+    assert one.drawn_log_probs is None
     forced = params.SamplingParams(max_new_tokens=70, temperature=0, stop_at_end=False, log_probs=True)
     follow = functools.partial(force, jnp.array(one.tokens))
     again = generate.generate(*subject(name, 16), TOKENIZER, ['ab'], forced, transforms=[follow])[0]

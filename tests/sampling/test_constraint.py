@@ -8,7 +8,7 @@ import pytest
 import sentencepiece as library
 
 from textgen_jax import errors
-from textgen_jax.sampling import constraint, history, params
+from textgen_jax.sampling import batch, constraint, history, params
 from textgen_jax.text import base, build, byte, char, word
 
 DEEP = 4  # tokens of a sequence
@@ -247,3 +247,15 @@ def test_wanted():
   assert not constraint.wanted(params.SamplingParams())
   assert constraint.wanted(params.SamplingParams(regex='a'))
   assert constraint.wanted(params.SamplingParams(choices=('a',)))
+
+
+def test_a_constraint_is_compiled_once_for_any_number_of_rows():
+  tokenizer = char.CharTokenizer.train(base.TokenizerConfig(), ['ab'])
+  batch._compile_constraints.cache_clear()
+  tables = []
+  for rows in (1, 2, 5):
+    settings = [params.SamplingParams(regex='a+')] * rows + [params.SamplingParams()] * (rows - 1)
+    table, states = batch._constraints(tokenizer, [[0]] * (2 * rows - 1), settings, 3)
+    assert states == [states[0]] * rows + [constraint.FREE] * (rows - 1)
+    tables.append(table)
+  assert tables[0] is tables[1] is tables[2]

@@ -262,10 +262,19 @@ def test_no_prompts_no_completions():
 
 
 def test_settings_must_be_one_for_each_prompt():
-  with pytest.raises(ValueError, match='zip'):
+  with pytest.raises(errors.UserError, match='settings: there are 1 for 2 prompts'):
     subject('lstm').generate(['a', 'b'], [Settings()])
-  with pytest.raises(ValueError, match='zip'):
+  with pytest.raises(errors.UserError, match='settings: there are 2 for 1 prompts'):
     subject('lstm').generate(['a'], [Settings(), Settings()])
+
+
+@pytest.mark.parametrize(
+  ('prompts', 'told'),
+  [('abc', "prompts='abc' is one text"), ([7], 'prompt 7 is not a text'), (['a', 'b\udc80'], 'offset 1 is not UTF-8 text')],
+)
+def test_prompts_are_texts(prompts, told):
+  with pytest.raises(errors.UserError, match=told):
+    subject('lstm').generate(prompts, Settings())
 
 
 def test_an_unknown_character_is_an_error():
@@ -297,7 +306,7 @@ class Successor:
 
   vocab_size, context_length, window, slides, carries = 257, 8, None, False, False
 
-  def init_cache(self, batch, length):
+  def init_cache(self, batch, length, rewinds=0):
     return jnp.zeros((batch, 1))
 
   def grow_cache(self, cache, length):

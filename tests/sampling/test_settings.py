@@ -141,6 +141,8 @@ def test_best_of_keeps_the_likeliest(name):
   best = write(name, ['ab'], Settings(num_samples=2, best_of=9, seed=4))
   ranked = sorted(drawn, key=lambda one: sum(one.log_probs), reverse=True)
   assert [one.text for one in best] == [one.text for one in ranked[:2]]
+  assert [one.score for one in best] == pytest.approx([sum(one.log_probs) / 20 for one in ranked[:2]])
+  assert best[0].log_probs is None  # nobody asked
 
 
 def test_a_stop_token_ends_the_text_and_counts():

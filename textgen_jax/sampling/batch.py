@@ -11,6 +11,7 @@ from textgen_jax import errors
 from textgen_jax.models import base
 from textgen_jax.sampling import constraint, speculative
 from textgen_jax.sampling import knobs as knobs_lib
+from textgen_jax.sampling import params as params_lib
 from textgen_jax.sampling.params import SamplingParams
 from textgen_jax.text import base as text_base
 
@@ -53,6 +54,10 @@ def prepare(
     UserError: a prompt has a character that the tokenizer doesn't know, settings ask for what the vocabulary can't give, or
       the draft doesn't fit.
   """
+  if isinstance(prompts, str):
+    raise errors.UserError(f'prompts={prompts!r:.60} is one text: give a list')
+  if len(prompts) != len(settings):
+    raise errors.UserError(f'settings: there are {len(settings)} for {len(prompts)} prompts: give one, or one a prompt')
   encoded = [prompt_ids(tokenizer, prompt, one.begins_document) for prompt, one in zip(prompts, settings, strict=True)]
   vocab = vocab_of(model, params, tokenizer)
   for one in dict.fromkeys(settings):
@@ -100,8 +105,8 @@ def _check_ids(settings: SamplingParams, size: int, vocab: knobs_lib.Vocab) -> N
 def _check_draft(draft: speculative.Draft, tokenizer: text_base.Tokenizer, settings: Sequence[SamplingParams]) -> None:
   if draft.model.vocab_size != tokenizer.vocab_size:
     raise errors.UserError(f'draft: its vocabulary of {draft.model.vocab_size} is not the model\'s, of {tokenizer.vocab_size}')
-  if not 1 <= draft.tokens <= speculative.MAX_TOKENS:
-    raise errors.UserError(f'draft: tokens={draft.tokens} is not in [1, {speculative.MAX_TOKENS}]')
+  if not 1 <= draft.tokens <= params_lib.MAX_DRAFT_TOKENS:
+    raise errors.UserError(f'draft: tokens={draft.tokens} is not in [1, {params_lib.MAX_DRAFT_TOKENS}]')
   if any(one.guidance != 1 or one.num_beams for one in settings):
     raise errors.UserError('draft: a draft does not guess under guidance or for beams; leave guidance at 1 and num_beams at 0')
 
@@ -112,8 +117,12 @@ def _constraints(
   """The rows' constraints and first states, checked to leave each a text that is short enough; None where no row has one."""
   if not any(map(constraint.wanted, settings)):
     return None, []
-  constraints = _compile_constraints(tokenizer, tuple((one.regex, one.choices) for one in settings), size)
-  states = [constraints.start(i, prompt) for i, prompt in enumerate(prompts)]
+  asked = [(one.regex, one.choices) for one in settings]
+  number = {one: i for i, one in enumerate(dict.fromkeys(filter(any, asked)))}
+  constraints = _compile_constraints(tokenizer, tuple(number), size)
+  states = [
+    constraints.start(number[one], prompt) if any(one) else constraint.FREE for one, prompt in zip(asked, prompts, strict=True)
+  ]
   for state, one in zip(states, settings, strict=True):
     fewest = constraints.fewest_tokens(state)
     if fewest > one.max_new_tokens:
@@ -121,16 +130,21 @@ def _constraints(
   return constraints.table, states
 
 
-# Calls of one script mostly have the same constraints, and a table of a large vocabulary takes seconds.
-_compile_constraints = functools.lru_cache(maxsize=4)(constraint.compile_constraints)
+# Calls of one script mostly have the same constraints, and a table takes seconds where the vocabulary is large. Two may be 256 MiB.
+_compile_constraints = functools.lru_cache(maxsize=2)(constraint.compile_constraints)
 
 
 def prompt_ids(tokenizer: text_base.Tokenizer, prompt: str, begins_document: bool = False) -> list[int]:
   """The prompt's ids; an empty prompt is what stands before a document.
 
   Raises:
-    UserError: it has a character that the tokenizer doesn't know, or more than MAX_PROMPT_TOKENS tokens.
+    UserError: it is no text, has a character that the tokenizer doesn't know, or more than MAX_PROMPT_TOKENS tokens.
   """
+  if not isinstance(prompt, str):
+    raise errors.UserError(f'prompt {prompt!r:.60} is not a text')
+  at = text_base.first_surrogate(prompt)
+  if at >= 0:
+    raise errors.UserError(f'prompt {prompt!r:.60}: {prompt[at]!r} at offset {at} is not UTF-8 text')
   try:
     ids = [int(i) for i in tokenizer.encode(prompt)]
   except errors.UserError as error:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from textgen_jax import errors
+from textgen_jax import axes
 from textgen_jax.models import base
 from textgen_jax.sampling import constraint, decode, reader
 from textgen_jax.sampling import knobs as knobs_lib
@@ -69,20 +69,20 @@ def search(
   rows = decode.first_rows(
     params, begun, [line[-1] for line in others], each, keys, uses, vocab, [states[b] for b in owners] if uses.constraint else []
   )
-  beams = decode.beside(params, _begin(rows, size, max(one.max_new_tokens for one in settings), uses))
-  penalty_B = np.array([one.length_penalty for one in settings], np.float32)
   done, longest = 0, max(one.max_new_tokens for one in settings)
+  beams = decode.beside(params, _begin(rows, size, longest, uses))
+  penalty_B = np.array([one.length_penalty for one in settings], np.float32)
   while done < longest and not np.asarray(beams.finished_B).all():
     if read.cache is None or read.room() == 0:
       read.read(longest - done, SEGMENT)
     limit = min(SEGMENT, longest - done, read.room() or SEGMENT)
     read.reserve(limit)
-    static = {'uses': uses, 'size': size}
-    read.cache, beams, sound_B = extend(model, params, read.cache, beams, table, penalty_B, np.int32(done), np.int32(limit), **static)
+    read.cache, beams, sound_N = extend(
+      model, params, read.cache, beams, table, penalty_B, np.int32(done), np.int32(limit), uses=uses, size=size
+    )
     done += limit
-    if not np.asarray(sound_B).all():
-      raise errors.NoGoodCheckpoint("the model gives a logit that is not a number: its parameters can't be good")
-    drawn = np.asarray(beams.trace.token_BT)[:, :done].tolist()
+    decode.refuse_unsound(sound_N)
+    drawn = np.asarray(beams.trace.token)[:, :done].tolist()
     read.lines = [line + new for line, new in zip([*begun, *others], drawn * (2 if others else 1), strict=True)]
   return _hypotheses(jax.device_get(beams), size)
 
@@ -90,7 +90,7 @@ def search(
 def _begin(rows: decode.Rows, size: int, longest: int, uses: knobs_lib.Uses) -> Beams:
   """One live beam a prompt, without a token."""
   lines = rows.token_B.shape[0]
-  blank = decode.new_trace(lines, reader.power_of_two(longest, low=32), uses)
+  blank = decode.new_trace(lines, axes.power_of_two(longest, low=32), uses)
   trace, ended = jax.tree.map(jnp.copy, (blank, blank))  # a buffer each: one can't be donated twice
   first_N = jnp.where(jnp.arange(lines) % size == 0, 0.0, DEAD)
   rows, shape = rows._replace(log_prob_B=first_N), (lines // size, size)
@@ -130,24 +130,25 @@ def extend(
   """
 
   def body(carry: Any) -> Any:
-    i, cache, beams, sound_B = carry
-    logits_BV, cache = decode.step_model(model, params, beams.rows, cache)
-    alive_B = beams.rows.log_prob_B > DEAD
-    sound_B = sound_B & (jnp.isfinite(logits_BV[: alive_B.size].max(axis=-1)) | ~alive_B | jnp.repeat(beams.finished_B, size))
-    beams, parent_N = step(beams, logits_BV, table, penalty_B, i, uses)
-    parent_N = parent_N if beams.rows.negative_token_B is None else jnp.concatenate([parent_N, parent_N + parent_N.size])
-    return i + 1, base.reorder_cache(cache, parent_N), beams, sound_B
+    i, cache, beams, sound_N = carry
+    logits_NV, cache = decode.step_model(model, params, beams.rows, cache)
+    alive_N = beams.rows.log_prob_B > DEAD
+    sound_N = sound_N & (decode.is_sound(logits_NV[: alive_N.size]) | ~alive_N | jnp.repeat(beams.finished_B, size))
+    beams, parent_N = step(beams, logits_NV, table, penalty_B, i, uses)
+    # The negative prompts' lines stand below.
+    lines = parent_N if beams.rows.negative_token_B is None else jnp.concatenate([parent_N, parent_N + parent_N.size])
+    return i + 1, base.reorder_cache(cache, lines), beams, sound_N
 
   first = (done, cache, beams, jnp.ones(beams.rows.token_B.shape, bool))
-  _, cache, beams, sound_B = jax.lax.while_loop(lambda carry: (carry[0] < done + limit) & ~carry[2].finished_B.all(), body, first)
-  return cache, beams, sound_B
+  _, cache, beams, sound_N = jax.lax.while_loop(lambda carry: (carry[0] < done + limit) & ~carry[2].finished_B.all(), body, first)
+  return cache, beams, sound_N
 
 
 def step(
   beams: Beams, logits_NV: jax.Array, table: Any, penalty_B: jax.Array, i: jax.Array, uses: knobs_lib.Uses
 ) -> tuple[Beams, jax.Array]:
   """The searches after token `i` of all live beams, and which line each of them goes on from, [N]."""
-  rows, (batch, size) = beams.rows, beams.score_BK.shape
+  rows, trace, (batch, size) = beams.rows, beams.trace, beams.score_BK.shape
   adjusted_NV = decode.adjust(logits_NV, rows.history, rows.knobs, uses, table)
   vocab = adjusted_NV.shape[1]
   alive_N1 = (rows.log_prob_B > DEAD)[:, None]
@@ -160,7 +161,7 @@ def step(
 
   def longer(parent_N: jax.Array, token_N: jax.Array) -> decode.Trace:
     seen = decode.observe(token_N, logits_NV[parent_N], None, rows.knobs, uses)
-    return decode.write(jax.tree.map(lambda leaf: leaf[parent_N], beams.trace), seen, i)
+    return decode.write(jax.tree.map(lambda leaf: leaf[parent_N], trace), seen, i)
 
   ended_BK, parent_N, token_N = best(jnp.where(last_NV, total_NV, DEAD))
   score_BK = ended_BK / (i + 1).astype(jnp.float32) ** penalty_B[:, None]

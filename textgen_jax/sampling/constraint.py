@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from textgen_jax import errors
+from textgen_jax import axes, errors
 from textgen_jax.sampling import automaton as automaton_lib
 from textgen_jax.sampling import history as history_lib
 from textgen_jax.sampling import params as params_lib
@@ -244,7 +244,7 @@ def _table(graphs: Sequence[_Graph], firsts: Sequence[int], tokenizer: base.Toke
   for token_V, graph in zip(token_GV[1:], graphs, strict=True):
     token_V[: tokenizer.vocab_size] = graph.token_V
   kinds_CG, column_V = np.unique(token_GV.T, axis=0, return_inverse=True)
-  num_states, num_columns = _padded(firsts[-1]), _padded(len(kinds_CG))
+  num_states, num_columns = axes.power_of_two(firsts[-1], low=8), axes.power_of_two(len(kinds_CG), low=8)
   _check_size(num_states, num_columns, 'regex, choices: the table of all rows')
   next_SC = np.full((num_states, num_columns), -1, np.int32)
   distance_S = np.full(num_states, NEVER, np.int32)
@@ -260,11 +260,6 @@ def _table(graphs: Sequence[_Graph], firsts: Sequence[int], tokenizer: base.Toke
     next_SC[states, column_V[end]] = np.where(graph.distance_S == 0, ENDED, -1)
     distance_S[states] = graph.distance_S
   return Table(column_V, next_SC, distance_S)
-
-
-def _padded(size: int) -> int:
-  """The next power of two: constraints of about one size then share what was compiled."""
-  return max(8, 1 << (size - 1).bit_length())
 
 
 def _check_size(num_states: int, num_columns: int, name: str) -> None:

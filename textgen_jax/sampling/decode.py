@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from textgen_jax import axes, errors
 from textgen_jax.models import base
 from textgen_jax.sampling import constraint, transforms
 from textgen_jax.sampling import history as history_lib
@@ -101,7 +102,7 @@ def first_rows(
   history = history_lib.History(drawn_B=jnp.zeros(len(lines), jnp.int32))
   if uses.tokens:
     room = max(len(line) + one.max_new_tokens for line, one in zip(lines, settings, strict=True))
-    tokens_BL = np.zeros((len(lines), max(64, 1 << (room - 1).bit_length())), np.int32)
+    tokens_BL = np.zeros((len(lines), axes.power_of_two(room, low=64)), np.int32)
     for row, line in zip(tokens_BL, lines, strict=True):
       row[: len(line)] = line
     history = history._replace(tokens_BL=jnp.asarray(tokens_BL), length_B=jnp.array([len(line) for line in lines]))
@@ -122,24 +123,24 @@ def first_rows(
 
 
 class Trace(NamedTuple):
-  """A segment's tokens, and what is known of each; None where it wasn't asked for. Nats."""
+  """Tokens, [B, T], or [B] where they are one step's, and what is known of each; None where it wasn't asked for. Nats."""
 
-  token_BT: jax.Array
-  log_prob_BT: jax.Array | None = None  # under the model's own distribution
-  drawn_log_prob_BT: jax.Array | None = None  # under the one that was drawn from; 0 where the likeliest was taken
-  entropy_BT: jax.Array | None = None  # of the model's own distribution
-  other_BTN: jax.Array | None = None  # the likeliest ids under it, the likeliest first
-  other_log_prob_BTN: jax.Array | None = None
+  token: jax.Array
+  log_prob: jax.Array | None = None  # under the model's own distribution
+  drawn_log_prob: jax.Array | None = None  # under the one that was drawn from; 0 where the likeliest was taken
+  entropy: jax.Array | None = None  # of the model's own distribution
+  other: jax.Array | None = None  # the likeliest ids under it, the likeliest first, [B, T, N]
+  other_log_prob: jax.Array | None = None
 
 
 def new_trace(batch: int, size: int, uses: knobs_lib.Uses) -> Trace:
   trace = Trace(jnp.zeros((batch, size), jnp.int32))
   if uses.log_probs:
     zeros_BT = jnp.zeros((batch, size), jnp.float32)
-    trace = trace._replace(log_prob_BT=zeros_BT, drawn_log_prob_BT=zeros_BT, entropy_BT=zeros_BT)
+    trace = trace._replace(log_prob=zeros_BT, drawn_log_prob=zeros_BT, entropy=zeros_BT)
   if uses.alternatives:
     shape = (batch, size, uses.alternatives)
-    trace = trace._replace(other_BTN=jnp.zeros(shape, jnp.int32), other_log_prob_BTN=jnp.zeros(shape, jnp.float32))
+    trace = trace._replace(other=jnp.zeros(shape, jnp.int32), other_log_prob=jnp.zeros(shape, jnp.float32))
   return trace
 
 
@@ -156,7 +157,7 @@ def observe(token_B: jax.Array, logits_BV: jax.Array, narrowed_BV: jax.Array | N
   trace = Trace(token_B, log_prob_B, drawn_log_prob_B, entropy_B)
   if uses.alternatives:
     other_log_prob_BN, other_BN = jax.lax.top_k(raw_BV, uses.alternatives)
-    trace = trace._replace(other_BTN=other_BN, other_log_prob_BTN=other_log_prob_BN)
+    trace = trace._replace(other=other_BN, other_log_prob=other_log_prob_BN)
   return trace
 
 
@@ -182,7 +183,7 @@ def uniforms(key_B: jax.Array, position_B: jax.Array, size: int) -> jax.Array:
 
 def new_cache(model: base.LanguageModel, params: Any, rows: int, length: int, rewinds: int = 0) -> Any:
   """An empty cache on the devices that hold the parameters, where later ones come from: else each call compiles twice."""
-  return beside(params, model.init_cache(rows, length, rewinds) if rewinds else model.init_cache(rows, length))
+  return beside(params, model.init_cache(rows, length, rewinds))
 
 
 def beside(params: Any, tree: Any) -> Any:
@@ -237,14 +238,24 @@ def decode(
     uniform_B = None if uniform_BT is None else jax.lax.dynamic_index_in_dim(uniform_BT, i, axis=1, keepdims=False)
     token_B, narrowed_BV = next_token(adjust(logits_BV, rows.history, rows.knobs, uses, table), uniform_B, rows.knobs, uses)
     seen = observe(token_B, logits_BV, narrowed_BV, rows.knobs, uses)
-    # A NaN makes the maximum NaN, and would else be drawn as token 0.
-    sound_B = sound_B & (jnp.isfinite(logits_BV[: token_B.shape[0]].max(axis=-1)) | rows.done_B)
-    return i + 1, cache, advance(rows, token_B, seen.log_prob_BT, uses, table), write(trace, seen, i), sound_B
+    sound_B = sound_B & (is_sound(logits_BV[: token_B.shape[0]]) | rows.done_B)
+    return i + 1, cache, advance(rows, token_B, seen.log_prob, uses, table), write(trace, seen, i), sound_B
 
   batch = rows.token_B.shape[0]
   first = (jnp.zeros((), jnp.int32), cache, rows, new_trace(batch, size, uses), jnp.ones((batch,), bool))
   _, cache, rows, trace, sound_B = jax.lax.while_loop(lambda carry: (carry[0] < limit) & ~carry[2].done_B.all(), body, first)
   return cache, rows, trace, sound_B
+
+
+def is_sound(logits_BV: jax.Array) -> jax.Array:
+  """Whether a token can be drawn from each row, [B]. A NaN makes the maximum NaN, and would else be drawn as token 0."""
+  return jnp.isfinite(logits_BV.max(axis=-1))
+
+
+def refuse_unsound(sound_B: Any) -> None:
+  """Raises NoGoodCheckpoint where a row's logits weren't sound."""
+  if not np.asarray(sound_B).all():
+    raise errors.NoGoodCheckpoint("the model gives a logit that is not a number: its parameters can't be good")
 
 
 def advance(rows: Rows, token_B: jax.Array, log_prob_B: jax.Array | None, uses: knobs_lib.Uses, table: Any) -> Rows:

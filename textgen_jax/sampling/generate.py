@@ -32,7 +32,7 @@ class Completion:
   # length | stop (stop, stop_regex or stop_tokens) | lines | sentences | end (of the document) | log_prob (below min_log_prob)
   finish_reason: str
   log_probs: list[float] | None = None  # under the model's own distribution
-  drawn_log_probs: list[float] | None = None  # under the distribution that was drawn from; 0 where the likeliest was taken
+  drawn_log_probs: list[float] | None = None  # under the one that was drawn from; 0 where the likeliest was taken, None of beams
   entropies: list[float] | None = None  # of the model's own distribution
   alternatives: list[list[tuple[int, float]]] | None = None  # the likeliest tokens at each place, with their log-probabilities
   score: float | None = None  # what best_of and num_beams rank by
@@ -59,14 +59,16 @@ def generate(
     tokenizer: the one that the model was trained with.
     prompts: texts; an empty one stands for the start of a document.
     settings: one for all prompts, or one each.
-    transforms: the caller's own, `(logits_BV, history) -> logits_BV`, applied before the temperature.
+    transforms: the caller's own, `(logits_BV, history) -> logits_BV`, applied before the temperature. What is compiled is kept by
+      the functions themselves: a new lambda each time compiles each time.
     draft: a smaller model of the same tokenizer that guesses ahead; it changes how long it takes, and not the texts.
 
   Raises:
-    UserError: a prompt has a character that the tokenizer doesn't know, or settings ask for what the vocabulary can't give.
+    UserError: a prompt has a character that the tokenizer doesn't know, or settings ask for what the vocabulary can't give; all before
+      anything is compiled, but for fewer texts than `num_samples`, which beams find out.
     NoGoodCheckpoint: a logit isn't a number.
   """
-  each = [settings] * len(prompts) if isinstance(settings, SamplingParams) else settings
+  each = [settings] * len(prompts) if isinstance(settings, SamplingParams) else list(settings)
   batch = batch_lib.prepare(model, params, tokenizer, prompts, each, draft)
   return [one for made in complete(model, params, tokenizer, batch, transforms, draft) for one in made]
 
@@ -98,8 +100,6 @@ def _best(completions: list[Completion], settings: SamplingParams) -> list[Compl
   """Those of a prompt that are given, the likeliest first where more were drawn."""
   if not settings.best_of:
     return completions
-  for one in completions:
-    one.score = sum(one.log_probs or []) / max(len(one.tokens), 1) ** settings.length_penalty
   return sorted(completions, key=lambda one: one.score or 0.0, reverse=True)[: settings.num_samples]
 
 
@@ -147,9 +147,18 @@ class _Rows:
     self._batch, self._sample_indices = batch, sample_indices
     self.texts = [stopping.Text(tokenizer, ids, one) for ids, one in zip(batch.ids, batch.settings, strict=True)]
     self._seen = [sampler_lib.Segment([], [], [], [], []) for _ in batch.settings]
-    rows = model, params, batch.ids, batch.settings, sample_indices, batch.vocab
     self._sampler = sampler_lib.Sampler(
-      *rows, negatives=batch.negatives, table=batch.table, states=batch.states, transforms=transforms, draft=draft
+      model,
+      params,
+      batch.ids,
+      batch.settings,
+      sample_indices,
+      batch.vocab,
+      negatives=batch.negatives,
+      table=batch.table,
+      states=batch.states,
+      transforms=transforms,
+      draft=draft,
     )
 
   def __iter__(self) -> Iterator[None]:
@@ -172,8 +181,11 @@ def _completion(batch: batch_lib.Batch, row: int, sample_index: int, text: stopp
   settings, size = batch.settings[row], len(text.ids)
   reason = finish_reason(text, settings, batch.vocab)
   made = Completion(batch.prompts[row], text.text, text.ids, sample_index, settings.seed, reason)
-  if settings.log_probs or settings.best_of:
-    made.log_probs, made.drawn_log_probs, made.entropies = seen.log_probs[:size], seen.drawn_log_probs[:size], seen.entropies[:size]
+  if settings.log_probs:
+    made.log_probs, made.entropies = seen.log_probs[:size], seen.entropies[:size]
+    made.drawn_log_probs = None if settings.num_beams else seen.drawn_log_probs[:size]
+  if settings.best_of:
+    made.score = sum(seen.log_probs[:size]) / max(size, 1) ** settings.length_penalty
   if settings.alternatives:
     made.alternatives = [others[: settings.alternatives] for others in seen.others[:size]]
   return made
@@ -187,8 +199,17 @@ def _search(
   Raises:
     UserError: there aren't as many texts as are asked for.
   """
-  rows = model, params, batch.ids, batch.settings, batch.vocab
-  found = beam.search(*rows, negatives=batch.negatives, table=batch.table, states=batch.states, transforms=transforms)
+  found = beam.search(
+    model,
+    params,
+    batch.ids,
+    batch.settings,
+    batch.vocab,
+    negatives=batch.negatives,
+    table=batch.table,
+    states=batch.states,
+    transforms=transforms,
+  )
   made: list[list[Completion]] = []
   for row, (ids, settings, hypotheses) in enumerate(zip(batch.ids, batch.settings, found, strict=True)):
     if len(hypotheses) < settings.num_samples:
@@ -196,7 +217,7 @@ def _search(
       raise errors.UserError(f'num_samples={settings.num_samples}: {allowed}')
     made.append([])
     for rank, (trace, score) in enumerate(hypotheses[: settings.num_samples]):
-      seen = sampler_lib.Segment.of(trace, 0, trace.token_BT.shape[1])
+      seen = sampler_lib.Segment.of(trace, 0, trace.token.shape[1])
       text = stopping.Text(tokenizer, ids, settings)
       text.feed(seen.tokens)
       text.flush()

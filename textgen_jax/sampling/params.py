@@ -12,6 +12,8 @@ from textgen_jax.sampling import stopping
 MAX_STOP_TOKENS = 64
 MAX_ALTERNATIVES = 64
 MAX_BEAMS = 1024
+DRAFT_TOKENS = 4  # guessed at a time
+MAX_DRAFT_TOKENS = 64  # past a few they are hardly ever all right
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

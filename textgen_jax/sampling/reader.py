@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from textgen_jax import axes
 from textgen_jax.models import base
 from textgen_jax.sampling import decode
 
@@ -22,7 +23,7 @@ class Reader:
 
   Attributes:
     cache: of `lines`, in their order; its user puts back what it made of it.
-    lines: whoever draws appends to them.
+    lines: whoever draws puts what was drawn there.
   """
 
   def __init__(self, model: base.LanguageModel, params: Any, lines: Sequence[list[int]], ahead: int = 0):
@@ -45,13 +46,13 @@ class Reader:
       self._starts = [len(x) - kept if len(x) - 1 - start >= full else start for x, start in zip(self.lines, self._starts, strict=True)]
     contexts = [line[start:-1] for line, start in zip(self.lines, self._starts, strict=True)]
     longest = max(map(len, contexts))
-    self._chunk = power_of_two(min(max(longest, 1), MAX_CHUNK), low=16)
+    self._chunk = axes.power_of_two(min(max(longest, 1), MAX_CHUNK), low=16)
     if self.model.window is not None:
       self._chunk = min(self._chunk, self.model.window)
     self._used = -(-longest // self._chunk) * self._chunk
     self._most = -(-(self._used + more + self._ahead) // 64) * 64
     # A text of known, moderate length gets its room at once: each size is compiled.
-    first = self._most if self._most <= 512 else power_of_two(max(self._used + segment + self._ahead, 256), low=64)
+    first = self._most if self._most <= 512 else axes.power_of_two(max(self._used + segment + self._ahead, 256), low=64)
     self._capacity = self._bounded(first)
     self.cache = decode.new_cache(self.model, self.params, len(contexts), self._capacity, self._ahead)
     # Lines end together, so that all rows write at one place from then on.
@@ -67,7 +68,7 @@ class Reader:
   def reserve(self, more: int) -> None:
     """Room for `more` tokens a line. Attention's cost follows the text: a full cache doubles, up to the text's end or its ring."""
     self._used += more
-    needed = min(power_of_two(self._used + self._ahead, low=64), self._most)
+    needed = min(axes.power_of_two(self._used + self._ahead, low=64), self._most)
     capacity = self._bounded(max(self._capacity, needed))
     if capacity > self._capacity:
       self.cache = self.model.grow_cache(self.cache, capacity)
@@ -84,10 +85,3 @@ class Reader:
     if self.model.window is None or self.model.slides:
       return capacity
     return min(capacity, self.model.window + max(self._chunk, self._ahead + 1) - 1)
-
-
-def power_of_two(n: int, low: int) -> int:
-  size = low
-  while size < n:
-    size *= 2
-  return size

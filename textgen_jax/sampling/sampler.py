@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from textgen_jax import errors
+from textgen_jax import axes
 from textgen_jax.models import base
 from textgen_jax.sampling import constraint, decode, reader, speculative
 from textgen_jax.sampling import knobs as knobs_lib
@@ -121,8 +121,7 @@ class Sampler:
     self._state = self._state._replace(done_B=decode.beside(self._params, np.array([row.done for row in rows])))
     trace, sound_B = self._decode(limit)
     trace, drawn_B, done_B, sound_B = jax.device_get((trace, self._state.history.drawn_B, self._state.done_B, sound_B))
-    if not sound_B.all():
-      raise errors.NoGoodCheckpoint('the model gives a logit that is not a number: its parameters can\'t be good')
+    decode.refuse_unsound(sound_B)
     news: dict[int, Segment] = {}
     for b, (i, row) in enumerate(zip(self._batch, rows, strict=True)):
       if row.done or i in news:
@@ -145,18 +144,24 @@ class Sampler:
     limit = min([limit, *(room - past for room in rooms)])
     for one in self._readers:
       one.reserve(limit)
-    static: dict[str, Any] = {'uses': self._uses, 'size': self._segment}
     own = self._readers[0]
     if self._draft is None:
       own.cache, self._state, trace, sound_B = decode.decode(
-        self._model, self._params, own.cache, self._state, self._table, np.int32(limit), **static
+        self._model, self._params, own.cache, self._state, self._table, np.int32(limit), uses=self._uses, size=self._segment
       )
       return trace, sound_B
     drafts = self._readers[1]
     (own.cache, drafts.cache), self._state, trace, sound_B, rounds_B = speculative.decode(
-      *(self._model, self._params, self._draft.model, self._draft.params, speculative.Caches(own.cache, drafts.cache)),
-      *(self._state, self._table, np.int32(limit)),
-      **static,
+      self._model,
+      self._params,
+      self._draft.model,
+      self._draft.params,
+      speculative.Caches(own.cache, drafts.cache),
+      self._state,
+      self._table,
+      np.int32(limit),
+      uses=self._uses,
+      size=self._segment,
       ahead=max(past - 1, 0),
     )
     self.rounds += int(rounds_B.sum())
@@ -164,7 +169,7 @@ class Sampler:
 
   def _let_go(self, active: list[int]) -> None:
     """Drops finished rows once they are half of the batch: each size is compiled once."""
-    size = reader.power_of_two(len(active), low=2)
+    size = axes.power_of_two(len(active), low=2)
     if size > len(self._batch) // 2:
       return
     kept = active + [i for i in self._batch if i not in active][: size - len(active)]
@@ -191,9 +196,9 @@ class Segment:
     def part(x: Any) -> list[Any]:
       return [] if x is None else x[row, :count].tolist()
 
-    pairs = zip(part(trace.other_BTN), part(trace.other_log_prob_BTN), strict=True)
+    pairs = zip(part(trace.other), part(trace.other_log_prob), strict=True)
     others = [list(zip(ids, log_probs, strict=True)) for ids, log_probs in pairs]
-    return cls(part(trace.token_BT), part(trace.log_prob_BT), part(trace.drawn_log_prob_BT), part(trace.entropy_BT), others)
+    return cls(part(trace.token), part(trace.log_prob), part(trace.drawn_log_prob), part(trace.entropy), others)
 
   def __iadd__(self, other: 'Segment') -> 'Segment':
     for field in dataclasses.fields(self):

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from textgen_jax.models import base
 from textgen_jax.sampling import decode as decode_lib
 from textgen_jax.sampling import knobs as knobs_lib
-
-MAX_TOKENS = 64  # guessed at a time: past a few they are hardly ever all right
+from textgen_jax.sampling import params as params_lib
 
 
 class Draft(NamedTuple):
@@ -25,7 +24,7 @@ class Draft(NamedTuple):
 
   model: base.LanguageModel
   params: Any
-  tokens: int = 4  # guessed at a time
+  tokens: int = params_lib.DRAFT_TOKENS  # guessed at a time
 
 
 class Caches(NamedTuple):
@@ -140,15 +139,15 @@ def play_round(
 
   def take(row: decode_lib.Rows, step: Any) -> Any:
     i, seen = step
-    log_prob_B = None if seen.log_prob_BT is None else seen.log_prob_BT[None]
+    log_prob_B = None if seen.log_prob is None else seen.log_prob[None]
     on = (i <= right) & (i < room) & ~row.done_B[0]
-    longer = decode_lib.advance(row, seen.token_BT[None], log_prob_B, uses, table)
+    longer = decode_lib.advance(row, seen.token[None], log_prob_B, uses, table)
     return jax.tree.map(functools.partial(jnp.where, on), longer, row), on
 
   row, taken_T = jax.lax.scan(take, row, (jnp.arange(uniform_T.size), seen))
   back_B = (uniform_T.size - taken_T.sum(dtype=jnp.int32))[None]
   caches = Caches(model.rewind(cache, back_B), draft_model.rewind(draft_cache, back_B))
-  return caches, row, seen, taken_T, jnp.isfinite(logits_TV.max(axis=-1))
+  return caches, row, seen, taken_T, decode_lib.is_sound(logits_TV)
 
 
 def _widen(logits_BV: jax.Array, size: int) -> jax.Array:
