@@ -32,7 +32,7 @@ def _define_flags() -> flags.FlagValues:
     'output': (None, 'a new file to write to instead of stdout; as jsonl it goes on where a run was stopped'),
     'manifest': (None, 'a new file for what it takes to write the texts again: hashes, versions, settings'),
     'reproduce': (None, 'a manifest, whose texts are written again and compared'),
-    'draft': (None, 'the workdir of a smaller model of the same tokenizer, which guesses ahead; the texts stay the same'),
+    'draft': (None, 'the workdir of a smaller model of the same tokenizer, which guesses ahead; the texts are distributed as without it'),
   }
   for name, (default, help_text) in text.items():
     flags.DEFINE_string(name, default, help_text, flag_values=values)

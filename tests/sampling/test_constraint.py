@@ -14,6 +14,11 @@ from textgen_jax.text import base, build, byte, char, word
 DEEP = 4  # tokens of a sequence
 
 
+def compiled(tokenizer, asked, size):
+  """Of pairs (regex, choices)."""
+  return constraint.compile_constraints(tokenizer, [constraint.Wanted(*one) for one in asked], size)
+
+
 def pieces():
   config = base.TokenizerConfig(kind='sentencepiece', vocab_size=280, model_type='bpe')
   return build.train(config, ['some text, and some more text: the text of some\n' * 20])
@@ -73,7 +78,7 @@ def writes(tokenizer, prompt, ids):
 def test_just_the_sequences_that_match_are_accepted(kind, pattern):
   tokenizer = TOKENIZERS[kind]
   pattern = pattern or '(?:)'
-  built = constraint.compile_constraints(tokenizer, [(pattern, ())], 16)
+  built = compiled(tokenizer, [(pattern, ())], 16)
   table, end, num_matches = built.table, tokenizer.special_ids['end_of_text'], 0
   for prompt in prompts_of(tokenizer):
     matching = [
@@ -105,7 +110,7 @@ def test_just_the_sequences_that_match_are_accepted(kind, pattern):
 
 def test_after_the_end_comes_only_the_end_and_free_rows_take_everything():
   tokenizer = TOKENIZERS['char with unknown']  # ids a b unknown end
-  built = constraint.compile_constraints(tokenizer, [('', ()), ('a', ())], 8)
+  built = compiled(tokenizer, [('', ()), ('a', ())], 8)
   next_SV = built.table.next_SC[:, built.table.column_V]
   assert next_SV[constraint.FREE].tolist() == [constraint.FREE] * 4 + [-1] * 4
   assert next_SV[constraint.ENDED].tolist() == [-1] * 3 + [constraint.ENDED] + [-1] * 4
@@ -119,12 +124,12 @@ def test_after_the_end_comes_only_the_end_and_free_rows_take_everything():
 def test_several_constraints_keep_apart_and_equal_ones_share():
   tokenizer = TOKENIZERS['char']
   asked = [('a+', ()), ('', ('ab', 'b')), ('a+', ()), ('', ()), ('[^b]*b', ())]
-  built = constraint.compile_constraints(tokenizer, asked, 8)
+  built = compiled(tokenizer, asked, 8)
   starts = [built.start(i, []) for i in range(len(asked))]
   assert starts[0] == starts[2]
   assert len(set(starts)) == 4
   for one, start in zip(asked, starts, strict=True):
-    alone = constraint.compile_constraints(tokenizer, [one], 8)
+    alone = compiled(tokenizer, [one], 8)
     for ids in itertools.product(range(tokenizer.vocab_size), repeat=3):
       together, apart = run(built.table, start, ids), run(alone.table, alone.start(0, []), ids)
       assert (together >= 0) == (apart >= 0)
@@ -142,7 +147,7 @@ def test_several_constraints_keep_apart_and_equal_ones_share():
 )  # fmt: skip
 def test_random_walks_match_and_end_in_time(tokenizer, one):
   generator = np.random.default_rng(0)
-  built = constraint.compile_constraints(tokenizer, [one], tokenizer.vocab_size)
+  built = compiled(tokenizer, [one], tokenizer.vocab_size)
   table, end, texts = built.table, tokenizer.special_ids['end_of_text'], set()
   for _ in range(60):
     state, ids = built.start(0, [end]), []
@@ -166,7 +171,7 @@ def test_random_walks_match_and_end_in_time(tokenizer, one):
 def test_every_token_that_may_follow_is_allowed():
   tokenizer = pieces()
   pattern, spelling = 'some .*', tokenizer.spelling()
-  built = constraint.compile_constraints(tokenizer, [(pattern, ())], tokenizer.vocab_size)
+  built = compiled(tokenizer, [(pattern, ())], tokenizer.vocab_size)
   state = run(built.table, built.start(0, []), tokenizer.encode('some '))
   for token, text in enumerate(spelling.texts[0]):
     whole = b'some '.startswith(text) or text.decode('utf-8', 'ignore').encode() == text
@@ -183,7 +188,7 @@ def test_the_first_word_after_a_dummy_prefix_has_no_space(tmp_path):
   path = tmp_path / 'prefixed.model'
   path.write_bytes(written.getvalue())
   tokenizer = build.train(base.TokenizerConfig(kind='sentencepiece', model_path=str(path)), [])
-  built = constraint.compile_constraints(tokenizer, [('two( one)*', ())], tokenizer.vocab_size)
+  built = compiled(tokenizer, [('two( one)*', ())], tokenizer.vocab_size)
   assert run(built.table, built.start(0, []), tokenizer.encode('two one')) >= 0
   assert run(built.table, built.start(0, tokenizer.encode('one')), tokenizer.encode('two one')) == -1  # it would be ' two one'
 
@@ -191,12 +196,12 @@ def test_the_first_word_after_a_dummy_prefix_has_no_space(tmp_path):
 def test_what_cannot_be_spelled_is_an_error():
   tokenizer = TOKENIZERS['char']
   with pytest.raises(errors.UserError, match=r"^regex='z\+' matches no text that this vocabulary can spell$"):
-    constraint.compile_constraints(tokenizer, [('a', ()), ('z+', ())], 8)
+    compiled(tokenizer, [('a', ()), ('z+', ())], 8)
   with pytest.raises(errors.UserError, match=r"^choices: this vocabulary can't spell 'za'$"):
-    constraint.compile_constraints(tokenizer, [('', ('ab', 'za', 'zb'))], 8)
+    compiled(tokenizer, [('', ('ab', 'za', 'zb'))], 8)
   with pytest.raises(errors.UserError, match=r"^choices: this vocabulary can't spell 'b'$"):  # 'b' only starts a longer choice
-    constraint.compile_constraints(TOKENIZERS['word'], [('', ('a', 'b'))], 16)
-  spaced = constraint.compile_constraints(TOKENIZERS['standardized word'], [('', ('a', ','))], 8)
+    compiled(TOKENIZERS['word'], [('', ('a', 'b'))], 16)
+  spaced = compiled(TOKENIZERS['standardized word'], [('', ('a', ','))], 8)
   assert spaced.start(0, []) >= 2
   with pytest.raises(errors.UserError, match=r"can't spell 'a', after this prompt$"):
     spaced.start(0, TOKENIZERS['standardized word'].encode('b'))
@@ -206,17 +211,17 @@ def test_tables_that_are_too_large_are_refused(monkeypatch):
   tokenizer = byte.ByteTokenizer()
   monkeypatch.setattr(constraint, 'MAX_MOVES', 100)
   with pytest.raises(errors.UserError, match='too large for this vocabulary: its 101 states and 257 tokens allow more than 100 moves'):
-    constraint.compile_constraints(tokenizer, [('[a-c]*d[a-j]{0,99}', ())], 257)
+    compiled(tokenizer, [('[a-c]*d[a-j]{0,99}', ())], 257)
   monkeypatch.undo()
   monkeypatch.setattr(constraint, 'MAX_ENTRIES', 1000)
   with pytest.raises(errors.UserError, match='the table of all rows takes 128 states times 8 kinds of tokens'):
-    constraint.compile_constraints(tokenizer, [('[0-9a]{9}', ()), ('a{100}b', ())], 257)
+    compiled(tokenizer, [('[0-9a]{9}', ()), ('a{100}b', ())], 257)
 
 
 def test_constraints_of_about_one_size_have_tables_of_one_shape():
   shapes = set()
   for pattern in ('[ab]{20}', 'a{25}', '[^a]{3}b{19}'):
-    table = constraint.compile_constraints(TOKENIZERS['char'], [(pattern, ())], 8).table
+    table = compiled(TOKENIZERS['char'], [(pattern, ())], 8).table
     shapes.add((table.next_SC.shape, table.distance_S.shape, table.column_V.shape))
     assert [leaf.dtype for leaf in table] == [np.int32] * 3
   assert shapes == {((32, 8), (32,), (8,))}
@@ -224,7 +229,7 @@ def test_constraints_of_about_one_size_have_tables_of_one_shape():
 
 def test_allow_and_advance_follow_the_table():
   tokenizer = TOKENIZERS['char']  # ids \n a b é end
-  built = constraint.compile_constraints(tokenizer, [('', ()), ('a(b|bab)', ()), ('b?', ())], 8)
+  built = compiled(tokenizer, [('', ()), ('a(b|bab)', ()), ('b?', ())], 8)
   table = constraint.Table(*map(jnp.asarray, built.table))
   state_B = jnp.array([built.start(0, []), *[run(built.table, built.start(1, []), [1])] * 2, built.start(2, []), constraint.ENDED])
   past = history.History(drawn_B=jnp.zeros(5, jnp.int32), state_B=state_B)
@@ -259,3 +264,18 @@ def test_a_constraint_is_compiled_once_for_any_number_of_rows():
     assert states == [states[0]] * rows + [constraint.FREE] * (rows - 1)
     tables.append(table)
   assert tables[0] is tables[1] is tables[2]
+
+
+def test_banned_tokens_spell_nothing():
+  tokenizer = char.CharTokenizer.train(base.TokenizerConfig(), ['abcd'])
+  a, b = tokenizer.encode('ab').tolist()
+  free, held = (constraint.compile_constraints(tokenizer, [constraint.Wanted('[ab]c|d', (), ids)], 5) for ids in ((), (a,)))
+  assert allowed(free, free.start(0, [0])) == {a, b, tokenizer.encode('d')[0]}
+  assert allowed(held, held.start(0, [0])) == {b, tokenizer.encode('d')[0]}
+  with pytest.raises(errors.UserError, match='matches no text that this vocabulary can spell'):
+    constraint.compile_constraints(tokenizer, [constraint.Wanted('a[bc]', (), (a,))], 5)
+
+
+def allowed(built, state):
+  next_C = np.asarray(built.table.next_SC)[state]
+  return {token for token, column in enumerate(built.table.column_V) if next_C[column] >= 0}

@@ -193,6 +193,27 @@ def test_a_caller_s_own_transform():
   assert all(token % 2 == i % 2 for one in made for i, token in enumerate(one.tokens))
 
 
+@pytest.mark.parametrize(
+  ('transform', 'error', 'told'),
+  [
+    (lambda logits_BV, history: logits_BV * jnp.nan, errors.NoGoodCheckpoint, 'a transform leaves no token'),
+    (lambda logits_BV, history: jnp.full_like(logits_BV, -jnp.inf), errors.NoGoodCheckpoint, 'a transform leaves no token'),
+    (lambda logits_BV, history: logits_BV[:, :5], errors.UserError, 'transforms: .* gives an array of shape'),
+    (lambda logits_BV, history: 0.0, errors.UserError, 'transforms: .* gives an array of shape'),
+  ],
+)
+@pytest.mark.parametrize('beams', [0, 2])
+def test_a_transform_that_cannot_be(transform, error, told, beams):
+  with pytest.raises(error, match=told):
+    write('lstm', ['a'], Settings(max_new_tokens=3, num_beams=beams), transforms=[transform])
+
+
+def test_huge_biases_cancel():
+  plain = write('lstm', ['a'], Settings(seed=1))
+  assert write('lstm', ['a'], Settings(seed=1, logit_bias=((3, 1e308), (3, -1e308)))) == plain
+  assert set(write('lstm', ['a'], Settings(seed=1, logit_bias=((3, 1e308),)))[0].tokens) == {3}
+
+
 def test_weights_that_are_not_numbers_give_no_token():
   model, weights = subject('lstm')
   bad = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), weights)

@@ -1,4 +1,4 @@
-"""A draft changes how often the model is asked, and nothing else."""
+"""A draft changes how often the model is asked, and not how its texts are distributed."""
 
 import dataclasses
 import functools
@@ -82,7 +82,7 @@ def test_two_hundred_thousand_constrained_draws_follow_the_renormalised_model(dr
   assert tokenizer.vocab_size == 5
   regex, settings = 'a[bc]{1,2}|d(ab)*', params.SamplingParams(max_new_tokens=4, regex='a[bc]{1,2}|d(ab)*', seed=4)
   end = tokenizer.special_ids['end_of_text']
-  constraints = constraint.compile_constraints(tokenizer, [(regex, ())], 5)
+  constraints = constraint.compile_constraints(tokenizer, [constraint.Wanted(regex)], 5)
   state = constraints.start(0, [end])
   tokens, table = draw(200_000, [end], settings, draft, end=end, table=constraints.table, state=state)
 
@@ -106,16 +106,43 @@ def test_two_hundred_thousand_constrained_draws_follow_the_renormalised_model(dr
   assert total_variation(tokens, expected) < 1e-2
 
 
+def force(tokens_BT, logits_BV, history):
+  """A transform that has each row say what is given."""
+  wanted_B = jnp.take_along_axis(tokens_BT, jnp.minimum(history.drawn_B, tokens_BT.shape[1] - 1)[:, None], axis=1)
+  return jnp.where(jnp.arange(logits_BV.shape[1]) == wanted_B, logits_BV, -jnp.inf)
+
+
+def assert_the_model_s_own(made, model, weights, prompts):
+  """Each token's log-probability is what the model, without a draft, gives it there."""
+  size = max(len(one.tokens) for one in made)
+  tokens_BT = jnp.array([one.tokens + [0] * (size - len(one.tokens)) for one in made])
+  settings = params.SamplingParams(max_new_tokens=size, temperature=0, stop_at_end=False, log_probs=True)
+  again = generate.generate(model, weights, TOKENIZER, prompts, settings, transforms=[functools.partial(force, tokens_BT)])
+  for one, other in zip(made, again, strict=True):
+    assert other.tokens[: len(one.tokens)] == one.tokens
+    np.testing.assert_allclose(one.log_probs, other.log_probs[: len(one.tokens)], atol=2e-5)
+
+
 @pairs
-def test_every_setting_gives_the_text_that_it_gives_without_a_draft(name, draft_name):
+def test_every_setting(name, draft_name):
+  """A model that guesses for itself writes what it writes alone; any draft keeps to the settings."""
   rows = [dataclasses.replace(one, log_probs=True) for one in test_settings.many_settings() if one.guidance == 1]
   prompts = ['abc'[: 1 + i % 3] + 'hide 3'[i % 6 :] for i in range(len(rows))]
   plain = write(name, prompts, rows)
-  drafted = write(name, prompts, rows, draft=speculative.Draft(*subject(draft_name), 3))
-  for one, other in zip(plain, drafted, strict=True):
+  for one, other in zip(plain, write(name, prompts, rows, draft=speculative.Draft(*subject(name), 3)), strict=True):
     assert (one.tokens, one.text, one.finish_reason) == (other.tokens, other.text, other.finish_reason)
     np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
     np.testing.assert_allclose(one.drawn_log_probs, other.drawn_log_probs, atol=1e-4)
+  drafted = write(name, prompts, rows, draft=speculative.Draft(*subject(draft_name), 3))
+  assert_the_model_s_own(drafted, *subject(name), prompts)
+  for settings, one, other in zip(rows, plain, drafted, strict=True):
+    if settings.temperature == 0:
+      assert other.tokens == one.tokens
+    assert re.fullmatch(settings.regex or '.*', other.text, re.DOTALL)
+    assert not settings.choices or other.text in settings.choices
+    assert not set(settings.banned_tokens) & set(other.tokens)
+    assert np.isfinite(other.drawn_log_probs).all()  # each could be drawn
+  assert sum(one.tokens != other.tokens for one, other in zip(plain, drafted, strict=True)) > 20
 
 
 @functools.cache
@@ -133,20 +160,22 @@ def random_weights(name, context, seed):
 
 
 @pytest.mark.parametrize('name', ['rotary', 'learned', 'lstm'])
-@pytest.mark.parametrize('draft', ['noisy copy', 'stranger', 'stranger with a short context'])
+@pytest.mark.parametrize('draft', ['itself', 'noisy copy', 'stranger', 'stranger with a short context'])
 def test_rows_that_wait_for_each_other_over_several_segments(name, draft):
   """Ragged rows past the context, by a draft that is right now and then: some rows are ahead, and wait at each segment's end."""
   prompts = ['abc', 'a fig ' * 4, '', 'kk', '0123456789 abcdef']
   for seed in (1, 2):
     model, weights, noisy = random_weights(name, 16, seed)
     strange = random_weights('lstm' if name != 'lstm' else 'learned', 64 if draft == 'stranger' else 8, seed + 7)
-    guess = speculative.Draft(model, noisy, 4) if draft == 'noisy copy' else speculative.Draft(*strange[:2], 3)
-    settings = [Settings(max_new_tokens=105 + i, temperature=0.3 * i, seed=seed, log_probs=True) for i in range(5)]
+    own = weights if draft == 'itself' else noisy
+    guess = speculative.Draft(*strange[:2], 3) if 'stranger' in draft else speculative.Draft(model, own, 4)
+    settings = [Settings(max_new_tokens=105, temperature=0.3 * i, seed=seed, log_probs=True) for i in range(5)]
     plain = generate.generate(model, weights, TOKENIZER, prompts, settings)
     drafted = generate.generate(model, weights, TOKENIZER, prompts, settings, draft=guess)
-    assert [one.tokens for one in drafted] == [one.tokens for one in plain]
-    for one, other in zip(plain, drafted, strict=True):
-      np.testing.assert_allclose(one.log_probs, other.log_probs, atol=2e-5)
+    same = [one.tokens == other.tokens for one, other in zip(plain, drafted, strict=True)]
+    assert same[0]  # the likeliest token each time
+    assert draft == 'noisy copy' or all(same) == (draft == 'itself')
+    assert_the_model_s_own(drafted, model, weights, prompts)
 
 
 @test_settings.families
@@ -160,7 +189,7 @@ def test_a_draft_that_knows_better_saves_calls(name):
     guess = speculative.Draft(model, draft, 4)
     made = sampler.Sampler(model, weights, prompts, settings, range(3), knobs_lib.Vocab(24), draft=guess, segment=32)
     tokens = [token for segment in made for token in segment[0].tokens]
-    assert tokens == write(name, ['abc'], settings[0])[0].tokens
+    assert len(tokens) == 64
     rounds[kind] = made.rounds
   # Six rounds of five tokens and one of two, whose guesses are taken back, in each of two segments.
   assert rounds['own'] == 3 * 2 * 7
@@ -183,6 +212,6 @@ def test_what_cannot_be_is_refused(changes, settings, told):
 
 
 def test_a_stream_is_the_same():
-  settings = Settings(max_new_tokens=50, seed=3, stop=('k',))
-  pieces = generate.stream(*subject('lstm'), TOKENIZER, 'ab', settings, draft=speculative.Draft(*subject('transformer')))
-  assert ''.join(pieces) == write('lstm', ['ab'], settings)[0].text
+  settings, draft = Settings(max_new_tokens=50, seed=3, stop=('k',)), speculative.Draft(*subject('transformer'))
+  pieces = generate.stream(*subject('lstm'), TOKENIZER, 'ab', settings, draft=draft)
+  assert ''.join(pieces) == write('lstm', ['ab'], settings, draft=draft)[0].text

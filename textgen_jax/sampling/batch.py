@@ -117,11 +117,11 @@ def _constraints(
   """The rows' constraints and first states, checked to leave each a text that is short enough; None where no row has one."""
   if not any(map(constraint.wanted, settings)):
     return None, []
-  asked = [(one.regex, one.choices) for one in settings]
-  number = {one: i for i, one in enumerate(dict.fromkeys(filter(any, asked)))}
+  asked = [constraint.Wanted(one.regex, one.choices, one.banned_tokens) for one in settings]
+  number = {one: i for i, one in enumerate(dict.fromkeys(one for one in asked if one.regex or one.choices))}
   constraints = _compile_constraints(tokenizer, tuple(number), size)
   states = [
-    constraints.start(number[one], prompt) if any(one) else constraint.FREE for one, prompt in zip(asked, prompts, strict=True)
+    constraints.start(number[one], prompt) if one in number else constraint.FREE for one, prompt in zip(asked, prompts, strict=True)
   ]
   for state, one in zip(states, settings, strict=True):
     fewest = constraints.fewest_tokens(state)

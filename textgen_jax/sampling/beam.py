@@ -81,7 +81,7 @@ def search(
       model, params, read.cache, beams, table, penalty_B, np.int32(done), np.int32(limit), uses=uses, size=size
     )
     done += limit
-    decode.refuse_unsound(sound_N)
+    decode.refuse_unsound(sound_N, uses)
     drawn = np.asarray(beams.trace.token)[:, :done].tolist()
     read.lines = [line + new for line, new in zip([*begun, *others], drawn * (2 if others else 1), strict=True)]
   return _hypotheses(jax.device_get(beams), size)
@@ -132,9 +132,10 @@ def extend(
   def body(carry: Any) -> Any:
     i, cache, beams, sound_N = carry
     logits_NV, cache = decode.step_model(model, params, beams.rows, cache)
+    adjusted_NV = decode.adjust(logits_NV, beams.rows.history, beams.rows.knobs, uses, table)
     alive_N = beams.rows.log_prob_B > DEAD
-    sound_N = sound_N & (decode.is_sound(logits_NV[: alive_N.size]) | ~alive_N | jnp.repeat(beams.finished_B, size))
-    beams, parent_N = step(beams, logits_NV, table, penalty_B, i, uses)
+    sound_N = sound_N & (decode.is_sound(logits_NV[: alive_N.size], adjusted_NV, uses) | ~alive_N | jnp.repeat(beams.finished_B, size))
+    beams, parent_N = step(beams, logits_NV, adjusted_NV, table, penalty_B, i, uses)
     # The negative prompts' lines stand below.
     lines = parent_N if beams.rows.negative_token_B is None else jnp.concatenate([parent_N, parent_N + parent_N.size])
     return i + 1, base.reorder_cache(cache, lines), beams, sound_N
@@ -145,11 +146,10 @@ def extend(
 
 
 def step(
-  beams: Beams, logits_NV: jax.Array, table: Any, penalty_B: jax.Array, i: jax.Array, uses: knobs_lib.Uses
+  beams: Beams, logits_NV: jax.Array, adjusted_NV: jax.Array, table: Any, penalty_B: jax.Array, i: jax.Array, uses: knobs_lib.Uses
 ) -> tuple[Beams, jax.Array]:
   """The searches after token `i` of all live beams, and which line each of them goes on from, [N]."""
   rows, trace, (batch, size) = beams.rows, beams.trace, beams.score_BK.shape
-  adjusted_NV = decode.adjust(logits_NV, rows.history, rows.knobs, uses, table)
   vocab = adjusted_NV.shape[1]
   alive_N1 = (rows.log_prob_B > DEAD)[:, None]
   total_NV = jnp.where(alive_N1, rows.log_prob_B[:, None] + jax.nn.log_softmax(jnp.where(alive_N1, adjusted_NV, 0.0), axis=-1), DEAD)

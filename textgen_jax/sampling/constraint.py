@@ -19,7 +19,13 @@ MAX_MOVES = 1 << 24  # of tokens, those alike counted once, from states: 200 MB 
 MAX_ENTRIES = 1 << 25  # of the table, 128 MiB
 NEVER = np.iinfo(np.int32).max  # the distance of a row that is there for padding only
 
-Wanted = tuple[str, tuple[str, ...]]  # regex, choices; both empty: free
+
+class Wanted(NamedTuple):
+  """What a text is held to: an expression or choices; with neither it is free."""
+
+  regex: str = ''
+  choices: tuple[str, ...] = ()
+  banned: tuple[int, ...] = ()  # ids that it isn't spelled with
 
 
 class Table(NamedTuple):
@@ -71,16 +77,16 @@ def compile_constraints(tokenizer: base.Tokenizer, asked: Sequence[Wanted], voca
 
   Args:
     tokenizer: whose tokens are drawn.
-    asked: (regex, choices) of each constraint; both empty: none. Equal ones share states.
+    asked: of each constraint. Equal ones share states.
     vocab_size_padded: width of the logits.
 
   Raises:
     UserError: a wrong expression, one that nothing the vocabulary spells matches, or a table that is too large.
   """
   spelling = tokenizer.spelling()
-  distinct = list(dict.fromkeys(one for one in asked if any(one)))
+  distinct = list(dict.fromkeys(one for one in asked if one.regex or one.choices))
   letters = _alphabet(spelling)
-  graphs = [_graph(*one, spelling, letters, _silenced(tokenizer)) for one in distinct]
+  graphs = [_graph(one.regex, one.choices, spelling, letters, [*_silenced(tokenizer), *one.banned]) for one in distinct]
   firsts = np.cumsum([2, *(len(graph.distance_S) for graph in graphs)]).tolist()
   table = _table(graphs, firsts, tokenizer, vocab_size_padded)
   starts = {

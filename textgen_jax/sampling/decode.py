@@ -39,7 +39,9 @@ def adjust(logits_BV: jax.Array, history: history_lib.History, knobs: knobs_lib.
   if uses.no_repeat_ngram:
     logits_BV = transforms.no_repeat_ngram(logits_BV, history, knobs.no_repeat_ngram_B)
   for transform in uses.extra:
-    logits_BV = transform(logits_BV, history)
+    shape, logits_BV = logits_BV.shape, transform(logits_BV, history)
+    if jnp.shape(logits_BV) != shape:
+      raise errors.UserError(f'transforms: {transform} gives an array of shape {jnp.shape(logits_BV)} for logits of {shape}')
   return logits_BV
 
 
@@ -236,9 +238,10 @@ def decode(
     i, cache, rows, trace, sound_B = carry
     logits_BV, cache = step_model(model, params, rows, cache)
     uniform_B = None if uniform_BT is None else jax.lax.dynamic_index_in_dim(uniform_BT, i, axis=1, keepdims=False)
-    token_B, narrowed_BV = next_token(adjust(logits_BV, rows.history, rows.knobs, uses, table), uniform_B, rows.knobs, uses)
+    adjusted_BV = adjust(logits_BV, rows.history, rows.knobs, uses, table)
+    token_B, narrowed_BV = next_token(adjusted_BV, uniform_B, rows.knobs, uses)
     seen = observe(token_B, logits_BV, narrowed_BV, rows.knobs, uses)
-    sound_B = sound_B & (is_sound(logits_BV[: token_B.shape[0]]) | rows.done_B)
+    sound_B = sound_B & (is_sound(logits_BV[: token_B.shape[0]], adjusted_BV, uses) | rows.done_B)
     return i + 1, cache, advance(rows, token_B, seen.log_prob, uses, table), write(trace, seen, i), sound_B
 
   batch = rows.token_B.shape[0]
@@ -247,15 +250,17 @@ def decode(
   return cache, rows, trace, sound_B
 
 
-def is_sound(logits_BV: jax.Array) -> jax.Array:
+def is_sound(logits_BV: jax.Array, adjusted_BV: jax.Array, uses: knobs_lib.Uses) -> jax.Array:
   """Whether a token can be drawn from each row, [B]. A NaN makes the maximum NaN, and would else be drawn as token 0."""
-  return jnp.isfinite(logits_BV.max(axis=-1))
+  sound_B = jnp.isfinite(logits_BV.max(axis=-1))
+  return sound_B & jnp.isfinite(adjusted_BV.max(axis=-1)) if uses.extra else sound_B  # ours leave a token
 
 
-def refuse_unsound(sound_B: Any) -> None:
+def refuse_unsound(sound_B: Any, uses: knobs_lib.Uses) -> None:
   """Raises NoGoodCheckpoint where a row's logits weren't sound."""
   if not np.asarray(sound_B).all():
-    raise errors.NoGoodCheckpoint("the model gives a logit that is not a number: its parameters can't be good")
+    what = 'a transform leaves no token, or ' if uses.extra else ''
+    raise errors.NoGoodCheckpoint(f"{what}the model gives a logit that is not a number: its parameters can't be good")
 
 
 def advance(rows: Rows, token_B: jax.Array, log_prob_B: jax.Array | None, uses: knobs_lib.Uses, table: Any) -> Rows:

@@ -139,8 +139,8 @@ def _mark(ids: Iterable[Sequence[int]], num_rows: int, size: int) -> jax.Array:
 
 
 def _add_up(rows: Sequence[params_lib.SamplingParams], size: int) -> jax.Array:
-  bias_BV = np.zeros((len(rows), size), np.float32)
+  bias_BV = np.zeros((len(rows), size))
   for line, row in zip(bias_BV, rows, strict=True):
     for token, bias in row.logit_bias:
-      line[token] += bias
-  return jnp.asarray(bias_BV)
+      line[token] += np.clip(bias, -1e30, 1e30)  # float32 ends at 3e38, and inf - inf is NaN
+  return jnp.asarray(np.clip(bias_BV, -1e30, 1e30), jnp.float32)

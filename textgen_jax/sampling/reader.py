@@ -10,6 +10,7 @@ from textgen_jax.models import base
 from textgen_jax.sampling import decode
 
 MAX_CHUNK = 256  # prompt tokens read in one call
+MANY_LINES = 8
 
 
 class Reader:
@@ -51,9 +52,11 @@ class Reader:
       self._chunk = min(self._chunk, self.model.window)
     self._used = -(-longest // self._chunk) * self._chunk
     self._most = -(-(self._used + more + self._ahead) // 64) * 64
-    # A text of known, moderate length gets its room at once: each size is compiled.
-    first = self._most if self._most <= 512 else axes.power_of_two(max(self._used + segment + self._ahead, 256), low=64)
-    self._capacity = self._bounded(first)
+    # Attention's cost follows the capacity, and each capacity is compiled, for a second or so: many lines are worth more of them.
+    least, enough = (64, 256) if len(contexts) >= MANY_LINES else (256, 512)
+    whole = self._bounded(self._most)
+    first = axes.power_of_two(self._used + segment + self._ahead, low=least)
+    self._capacity = whole if whole <= enough else min(first, whole)
     self.cache = decode.new_cache(self.model, self.params, len(contexts), self._capacity, self._ahead)
     # Lines end together, so that all rows write at one place from then on.
     tokens_BT = np.zeros((len(contexts), self._used), np.int32)

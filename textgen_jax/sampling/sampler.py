@@ -121,7 +121,7 @@ class Sampler:
     self._state = self._state._replace(done_B=decode.beside(self._params, np.array([row.done for row in rows])))
     trace, sound_B = self._decode(limit)
     trace, drawn_B, done_B, sound_B = jax.device_get((trace, self._state.history.drawn_B, self._state.done_B, sound_B))
-    decode.refuse_unsound(sound_B)
+    decode.refuse_unsound(sound_B, self._uses)
     news: dict[int, Segment] = {}
     for b, (i, row) in enumerate(zip(self._batch, rows, strict=True)):
       if row.done or i in news:
