@@ -4,8 +4,8 @@
 
 Greedy text loops, text at temperature 1 is as probable as what people wrote, and hot text falls apart. A table goes
 to stdout; sweep.json, sweep.md with an example of each setting and, with matplotlib, sweep.png to --output, which is WORKDIR/sampling
-unless it is given. All rows are drawn in one call of generate: settings are traced, so another value compiles nothing. train and val are
-excerpts of as many tokens as the samples have; the model is told their true text token by token, and a context's length before them.
+unless it is given. All rows are drawn in one batch, up to 1,024: settings are traced, so another value compiles nothing. train and val
+are excerpts of as many tokens as the samples have; the model is told their true text token by token, and a context's length before them.
 
 model entropy: of the model's own distribution, whatever is drawn from it. drawn entropy: of the distribution after temperature and
 top-p, estimated as minus the log-probability of what was drawn. log-prob: of what was drawn, under the model's own distribution. new words:
@@ -33,6 +33,7 @@ from textgen_jax.statistics import samples as samples_lib
 from textgen_jax.text import base
 from textgen_jax.tools import report, sweep_picture
 
+BATCH_SIZE = 1024  # rows: a grid is drawn in one batch, but for a large one
 EXCERPTS = 64  # of a text that people wrote, where it's long enough
 SHOWN_CHARACTERS = 400
 # The flags that make rows, each with its name in tables and what it means.
@@ -87,7 +88,8 @@ def _main(argv: Sequence[str]) -> None:
   if values.max_new_tokens < 1:
     raise errors.UserError(f'max_new_tokens={values.max_new_tokens} is not at least 1')
   settings = grid(values)
-  report.check_directory(values.output)
+  output = values.output or os.path.join(values.workdir, 'sampling')
+  report.check_directory(output)
   from textgen_jax import workdir  # after the checks: it takes seconds to import
   from textgen_jax.tools import evaluate
 
@@ -107,7 +109,7 @@ def _main(argv: Sequence[str]) -> None:
     'prompts': prompts,
     'compared_words': compared,
   }
-  write(pathlib.Path(values.output or os.path.join(values.workdir, 'sampling')), rows, settings, about)
+  write(pathlib.Path(output), rows, settings, about)
   print('\n'.join(report.aligned(table(rows))))
 
 
@@ -127,14 +129,15 @@ def grid(values: flags.FlagValues) -> list[Setting]:
 
 
 def draw(trained: Any, prompts: Sequence[str], settings: Sequence[Setting]) -> list[list[samples_lib.Sample]]:
-  """The samples of each setting, those of the first prompt first; all are drawn together."""
-  from textgen_jax import compilation
-  from textgen_jax.sampling import generate
+  """The samples of each setting, those of the first prompt first; all are drawn together, but for BATCH_SIZE."""
+  from textgen_jax import compilation, generator
 
   compilation.keep_compiled()
-  begins = trained.experiment.training.mask_documents
-  each = [dataclasses.replace(one.params, begins_document=begins) for one in settings for _ in prompts]
-  completions = iter(generate.generate(trained.model, trained.params, trained.tokenizer, [*prompts] * len(settings), each))
+  source = generator.Generator(
+    trained.model, trained.params, trained.tokenizer, begins_document=trained.experiment.training.mask_documents
+  )
+  each = [one.params for one in settings for _ in prompts]
+  completions = iter(source.generate([*prompts] * len(settings), each, batch_size=BATCH_SIZE, progress=sys.stderr.isatty()))
   return [[_sample(next(completions)) for _ in range(len(prompts) * one.params.num_samples)] for one in settings]
 
 
