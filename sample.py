@@ -8,15 +8,20 @@ Results go to stdout (or --output), diagnostics to stderr. Equal flags give equa
 import dataclasses
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from textgen_jax import command_line, compilation, errors, interactive
-from textgen_jax.sampling import journal, manifest, params
+from textgen_jax import command_line, errors, interactive
+from textgen_jax.sampling import journal, params
 from textgen_jax.sampling import prompts as prompts_lib
+
+if TYPE_CHECKING:  # what takes seconds to import is imported where it is used, after the flags are checked
+  from textgen_jax import generator
+  from textgen_jax.sampling.generate import Completion
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,8 +52,9 @@ def _define_flags() -> flags.FlagValues:
     flags.DEFINE_list(name, [], comments[name] + '; with commas between them', flag_values=values)
   flags.DEFINE_list('logit_bias', [], 'nats added to the logits of token ids: 17:2.5,18:-1', flag_values=values)
   flags.DEFINE_multi_string('prompt', [], 'what the text begins with; may be repeated; none: a document start', flag_values=values)
-  flags.DEFINE_integer('draft_tokens', 4, 'guessed at a time by the draft', flag_values=values)
-  flags.DEFINE_integer('batch_size', 64, 'texts at a time; those of one prompt stay together', flag_values=values)
+  ahead, most = 'guessed at a time by the draft', params.MAX_DRAFT_TOKENS
+  flags.DEFINE_integer('draft_tokens', params.DRAFT_TOKENS, ahead, lower_bound=1, upper_bound=most, flag_values=values)
+  flags.DEFINE_integer('batch_size', params.BATCH_SIZE, 'texts at a time; those of one prompt stay together', flag_values=values)
   switches = {
     'begins_document': (None, 'the prompt begins a document; not given: if the model was trained on documents apart'),
     'stream': (False, 'show one text as it is made'),
@@ -66,6 +72,8 @@ def _main(argv: Sequence[str]) -> None:
   command_line.need_workdir(values)
   if values.format not in ('text', 'jsonl'):
     raise errors.not_among('format', values.format, ('text', 'jsonl'))
+  if not values.draft:
+    _refuse_given(values, ['draft_tokens'], 'without --draft nothing is guessed')
   for name in ('output', 'manifest'):
     if values[name].value:
       journal.check_new(name, values[name].value)
@@ -75,16 +83,10 @@ def _main(argv: Sequence[str]) -> None:
   settings = _settings(values)
   prompts = _prompts(values)
   _check_shown(values, prompts, settings)
-  from textgen_jax import generator  # after the checks: it takes seconds to import
-  from textgen_jax.sampling import batch
-
-  compilation.keep_compiled()
-  source = generator.Generator.load(values.workdir, values.checkpoint, values.draft, values.draft_tokens)
+  source = _load(values, values.checkpoint)
   if values.begins_document is not None:
     source.begins_document = values.begins_document
-  reaches = max(len(batch.prompt_ids(source.tokenizer, prompt)) for prompt in prompts) + settings.max_new_tokens
-  if reaches > source.model.context_length:
-    _tell_past_context(source, reaches)
+  _tell_past_context(source, source.longest(prompts, settings))
   if values.interactive:
     interactive.run(source, settings, interactive.read_lines(), lambda piece: write_stream([piece]))
   elif values.stream:
@@ -94,6 +96,13 @@ def _main(argv: Sequence[str]) -> None:
     write_stream(['\n'])
   else:
     _write_all(values, source, prompts, settings)
+
+
+def _load(values: flags.FlagValues, checkpoint: str) -> 'generator.Generator':
+  from textgen_jax import compilation, generator
+
+  compilation.keep_compiled()
+  return generator.Generator.load(values.workdir, checkpoint, values.draft, values.draft_tokens)
 
 
 def _prompts(values: flags.FlagValues) -> list[str]:
@@ -106,8 +115,7 @@ def _prompts(values: flags.FlagValues) -> list[str]:
 
 def _check_shown(values: flags.FlagValues, prompts: Sequence[str], settings: params.SamplingParams) -> None:
   """Refuses flags that the way of showing the text can't follow."""
-  if not 1 <= values.batch_size <= manifest.MAX_BATCH_SIZE:
-    raise errors.UserError(f'batch_size={values.batch_size} is not in [1, {manifest.MAX_BATCH_SIZE}]')
+  params.check_batch_size(values.batch_size)
   if values.manifest and values.output and os.path.realpath(values.manifest) == os.path.realpath(values.output):
     raise errors.UserError(f'manifest={values.manifest!r} is the output too: name two files')
   if values.interactive:
@@ -124,20 +132,37 @@ def _refuse_given(values: flags.FlagValues, names: Iterable[str], why: str) -> N
     raise errors.UserError(f'{why}: drop --{given[0]}')
 
 
-def _write_all(values: flags.FlagValues, source: Any, prompts: list[str], settings: params.SamplingParams) -> None:
-  how = {'batch_size': values.batch_size, 'progress': sys.stderr.isatty()}
+def _write_all(values: flags.FlagValues, source: 'generator.Generator', prompts: list[str], settings: params.SamplingParams) -> None:
   if values.output and values.format == 'jsonl':
-    completions = source.generate_to(values.output, prompts, settings, **how)
+    _generate_to(values, source, prompts, settings)
   else:
-    completions = source.generate(prompts, settings, **how)
+    completions = _generate(values, source, prompts, settings)
     if values.format == 'jsonl':
       lines = [journal.line(c.row()) for c in completions]
     else:
       lines = [('---\n' if i else '') + f'{c.prompt}{c.text}\n' for i, c in enumerate(completions)]
     _write('output', values.output, lines)
   if values.manifest:
-    _write('manifest', values.manifest, source.manifest(completions, settings, batch_size=values.batch_size))
+    _write('manifest', values.manifest, source.manifest())
   print(source.timing, file=sys.stderr)
+
+
+def _generate(
+  values: flags.FlagValues, source: 'generator.Generator', prompts: list[str], settings: params.SamplingParams
+) -> 'list[Completion]':
+  try:
+    return source.generate(prompts, settings, batch_size=values.batch_size, progress=sys.stderr.isatty())
+  except KeyboardInterrupt as error:
+    raise errors.Stopped('interrupted; no text was written', signal.SIGINT) from error
+
+
+def _generate_to(values: flags.FlagValues, source: 'generator.Generator', prompts: list[str], settings: params.SamplingParams) -> None:
+  try:
+    source.generate_to(values.output, prompts, settings, batch_size=values.batch_size, progress=sys.stderr.isatty())
+  except KeyboardInterrupt as error:
+    if not error.args:  # there is nothing to go on from: none was made, or all are written
+      raise
+    raise errors.Stopped(f'interrupted; {error}', signal.SIGINT) from error
 
 
 def _write(field: str, path: str | None, lines: list[str]) -> None:
@@ -156,14 +181,13 @@ def _reproduce(values: flags.FlagValues) -> None:
   """
   read = ('workdir', 'reproduce', 'output', 'draft', 'draft_tokens')
   _refuse_given(values, [name for name in values if name not in read], '--reproduce takes everything from the manifest')
+  from textgen_jax.sampling import manifest
+
   wanted = manifest.read(values.reproduce)
   step = wanted.header['checkpoint']['step']
   if step is None:
     raise errors.UserError(f"reproduce={values.reproduce!r} names no step: Generator.reproduce writes a script's own model again")
-  from textgen_jax import generator  # after the checks: it takes seconds to import
-
-  compilation.keep_compiled()
-  source = generator.Generator.load(values.workdir, str(step), values.draft, values.draft_tokens)
+  source = _load(values, str(step))
   lines = source.reproduce(wanted, progress=sys.stderr.isatty())
   _write('output', values.output, lines)
   print(source.timing, file=sys.stderr)
@@ -190,8 +214,10 @@ def _number(name: str, text: str, kind: Any) -> Any:
     raise errors.UserError(f'{name}: {text!r} is not a number' + ('; write ID:NATS' if name == 'logit_bias' else '')) from error
 
 
-def _tell_past_context(source, reaches: int) -> None:  # type: ignore[no-untyped-def]
+def _tell_past_context(source: 'generator.Generator', reaches: int) -> None:
   context = source.model.context_length
+  if reaches <= context:
+    return
   if source.model.window is None:
     how = 'its state carries on'
   elif source.model.slides:

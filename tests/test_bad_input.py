@@ -333,6 +333,10 @@ def test_workdir_of_other_text(capsys, tmp_path, trained, text_file):
     (['--prompts_file=/nowhere.txt'], ['/nowhere.txt']),
     (['--prompt=a', '--prompts_file=/nowhere.txt'], ['--prompt', '--prompts_file']),
     (['--output=/nowhere/out.txt'], ['/nowhere/out.txt']),
+    (['--length_penalty=400', '--best_of=2'], ['length_penalty=400.0', '[-10, 10]']),
+    (['--draft_tokens=3'], ['--draft', 'drop --draft_tokens']),
+    (['--draft_tokens=3', '--reproduce=/nowhere'], ['--draft', 'drop --draft_tokens']),
+    (['--draft_tokens=65', '--draft=/nowhere'], ['draft_tokens=65', '[1, 64]']),
   ],
 )
 def test_wrong_sample(capsys, trained, flags, parts):

@@ -1,8 +1,10 @@
 """Batches in order, files that outlive a kill, models of one's own."""
 
 import dataclasses
+import errno
 import fcntl
 import json
+import math
 import os
 import pathlib
 import signal
@@ -29,7 +31,7 @@ class Successor:
 
   vocab_size, context_length, window, slides = 257, 8, None, False
 
-  def init_cache(self, batch, length):
+  def init_cache(self, batch, length, rewinds=0):
     return jnp.zeros((batch, 1))
 
   def grow_cache(self, cache, length):
@@ -70,6 +72,11 @@ def counting():
   return generator.Generator(Successor(), {}, byte.ByteTokenizer())
 
 
+def skip(logits_BV, history):
+  """A transform after which n is followed by n + 2."""
+  return jnp.roll(logits_BV, 1, axis=-1)
+
+
 def test_batches_by_hand():
   assert batching.cut([2, 9, 4, 9], [1, 2, 1, 5], 3) == [[1], [3], [2, 0]]  # 5 rows of one prompt stay together
   assert batching.cut([1, 1, 1, 1, 1], [1] * 5, 2) == [[0, 1], [2, 3], [4]]
@@ -100,12 +107,31 @@ def test_any_model_of_the_contract(tmp_path):
   assert [one.text for one in made] == ['bcd', 'defgh', 'y', '1234']
   assert ''.join(counting().stream('a', settings[1])) == 'bcdef'
   plain = [dataclasses.replace(one, alternatives=0) for one in settings]
-  skipping = counting().generate(prompts, plain, transforms=[lambda logits_BV, history: jnp.roll(logits_BV, 1, axis=-1)])
+  skipping = counting().generate(prompts, plain, transforms=[skip])
   assert [one.text for one in skipping] == ['ceg', 'egikm', 'z', '2468']
   assert counting().generate_to(tmp_path / 'out.jsonl', prompts, settings, batch_size=2) == made
   rows = [json.loads(line) for line in (tmp_path / 'out.jsonl').read_text().splitlines()]
   assert [row['text'] for row in rows] == [one.text for one in made]
   assert rows[2]['alternatives'][0] == [[ord('y'), 0.0], [0, None]]  # the second one's log-probability is -inf, which JSON hasn't
+
+
+def test_texts_that_were_kept_are_what_was_made(batches, tmp_path):
+  settings = SamplingParams(max_new_tokens=2, alternatives=2, best_of=2)
+  ask = {'prompts': ['b', 'd'], 'settings': settings, 'batch_size': 2, 'transforms': [skip]}
+  made = counting().generate(**ask)
+  assert [(one.text, one.log_probs, one.alternatives[0][1][1], one.score) for one in made] == [
+    ('df', [-math.inf] * 2, -math.inf, -math.inf),
+    ('fh', [-math.inf] * 2, -math.inf, -math.inf),
+  ]
+  batches.stop(1)
+  with pytest.raises(KeyboardInterrupt, match='keeps 1 of 2 texts'):
+    counting().generate_to(tmp_path / 'out.jsonl', **ask)
+  batches.stop(9)
+  source = counting()
+  assert source.generate_to(tmp_path / 'out.jsonl', **ask) == made
+  assert source.timing.texts == 1
+  counting().generate_to(tmp_path / 'whole.jsonl', **ask)
+  assert (tmp_path / 'out.jsonl').read_bytes() == (tmp_path / 'whole.jsonl').read_bytes()
 
 
 def test_a_stream_joins_to_the_text_and_is_checked_when_called(writer):
@@ -115,6 +141,41 @@ def test_a_stream_joins_to_the_text_and_is_checked_when_called(writer):
   assert ''.join(pieces) == writer.generate(['the'], settings)[0].text
   with pytest.raises(errors.UserError, match='Z'):
     writer.stream('Zoo')
+  assert ''.join(counting().stream('a', SHORT, transforms=[skip])) == 'cegik'
+
+
+class Counted(byte.ByteTokenizer):
+  """Keeps what it encodes."""
+
+  def __init__(self):
+    super().__init__()
+    self.encoded = []
+
+  def encode(self, text):
+    self.encoded.append(text)
+    return super().encode(text)
+
+
+def test_the_longest_text_is_known_before_and_encoded_once():
+  tokenizer = Counted()
+  source = generator.Generator(Successor(), {}, tokenizer)
+  settings = [SamplingParams(max_new_tokens=n) for n in (9, 3, 1)]
+  assert source.longest(['ab', 'abcdefgh', ''], settings) == 11
+  made = source.generate(['ab', 'abcdefgh', ''], settings)
+  assert tokenizer.encoded == ['ab', 'abcdefgh', '']
+  assert [one.text for one in made][:2] == ['cdefghijk', 'ijk']
+  source.begins_document = True
+  assert source.longest(['ab', 'abcdefgh', ''], settings) == 12
+  assert source.longest([]) == 0
+  with pytest.raises(errors.UserError, match='prompt 5 is not a text'):
+    source.longest([5])
+
+
+def test_equal_settings_are_written_as_they_were_given():
+  source = counting()
+  for temperature in (1, 1.0, 1):
+    source.generate(['a'], SamplingParams(max_new_tokens=1, temperature=temperature))
+    assert f'"temperature": {temperature},' in source.manifest()[0]
 
 
 def test_timing(writer):
@@ -165,9 +226,9 @@ def test_a_stopped_file_goes_on_where_it_stood(writer, batches, tmp_path, capsys
   assert not pathlib.Path(f'{whole}.partial').exists()
   batches.clear()
   batches.stop(2)
-  with pytest.raises(KeyboardInterrupt):
+  with pytest.raises(KeyboardInterrupt, match='partial keeps 6 of 10 texts: asked for again, they go on from there'):
     writer.generate_to(stopped, PROMPTS, settings, batch_size=3)
-  assert 'keeps 6 texts: the same command goes on from there' in capsys.readouterr().err
+  assert capsys.readouterr().err == ''
   assert not stopped.exists()
   partial = pathlib.Path(f'{stopped}.partial')
   kept = partial.read_bytes()
@@ -215,6 +276,26 @@ sample.main({argv!r})
   assert sorted(path.name for path in tmp_path.iterdir()) == ['killed.jsonl', 'prompts.txt', 'whole.jsonl']
 
 
+@pytest.mark.parametrize(
+  ('flags', 'batch', 'told'),
+  [
+    (['--format=jsonl', '--output={}/o'], 2, 'interrupted; {}/o.partial keeps 4 of 7 texts: asked for again, they go on from there'),
+    (['--format=jsonl', '--output={}/o'], 0, 'interrupted; nothing was left unsaved'),
+    (['--output={}/o'], 2, 'interrupted; no text was written'),
+  ],
+)
+def test_ctrl_c_is_told_in_one_line(trained, batches, tmp_path, capsys, flags, batch, told):
+  (tmp_path / 'prompts.txt').write_text('\n'.join(PROMPTS))
+  batches.stop(batch)
+  argv = ['sample.py', f'--workdir={trained}', f'--prompts_file={tmp_path}/prompts.txt', '--max_new_tokens=5', '--batch_size=2']
+  capsys.readouterr()
+  assert sample.main([*argv, *(flag.format(tmp_path) for flag in flags)]) == 130
+  out, err = capsys.readouterr()
+  note, *lines = err.splitlines()
+  assert 'the text may reach 41 tokens' in note
+  assert (out, lines) == ('', [f'error: {told.format(tmp_path)}'])
+
+
 def test_a_journal_of_another_request_is_refused(writer, batches, tmp_path):
   path, partial = tmp_path / 'out.jsonl', tmp_path / 'out.jsonl.partial'
   batches.stop(1)
@@ -241,7 +322,26 @@ def test_a_journal_of_another_request_is_refused(writer, batches, tmp_path):
   assert len(batches) == 1
 
 
-@pytest.mark.parametrize('damage', ['foreign', 'swapped', 'middle', 'rows', 'prompt', 'directory', 'pipe'])
+DAMAGED_FIELDS = [
+  {'text': None},
+  {'text': 5},
+  {'tokens': None},
+  {'tokens': [1.5]},
+  {'tokens': [True]},
+  {'tokens': 'abc'},
+  {'seed': '1'},
+  {'finish_reason': ['end']},
+  {'log_probs': 'abc'},
+  {'log_probs': ['a']},
+  {'alternatives': [[[1]]]},
+  {'alternatives': [[[1.0, -1.0]]]},
+  {'alternatives': [1]},
+  {'score': [1.0]},
+  {'sampel_index': 1},
+]
+
+
+@pytest.mark.parametrize('damage', ['foreign', 'swapped', 'middle', 'rows', 'prompt', 'directory', 'pipe', *DAMAGED_FIELDS])
 def test_a_damaged_journal_is_refused(writer, batches, tmp_path, damage):
   path, partial = tmp_path / 'out.jsonl', tmp_path / 'out.jsonl.partial'
   batches.stop(2)
@@ -260,14 +360,32 @@ def test_a_damaged_journal_is_refused(writer, batches, tmp_path, damage):
       partial.write_text(header + first + json.dumps({'batch': 1, 'rows': [1, 2]}) + '\n')
     case 'prompt':
       partial.write_text(header + first.replace('see a', 'see b') + second)
+    case dict():
+      content = json.loads(first)
+      content['rows'][0] |= damage
+      partial.write_text(header + json.dumps(content) + '\n' + second)
     case 'directory':
       partial.mkdir()
     case 'pipe':
       os.mkfifo(partial)
+  batches.stop(99)
   with pytest.raises(errors.UserError, match='partial'):
     writer.generate_to(path, PROMPTS, SHORT, batch_size=2)
   assert len(batches) == 2
   assert not path.exists()
+
+
+def test_a_journal_of_more_batches_is_refused(batches, tmp_path):
+  rows = [[one.row()] for one in counting().generate(['a', 'b'], SHORT)]
+  batches.stop(1)
+  with pytest.raises(KeyboardInterrupt):
+    counting().generate_to(tmp_path / 'out', ['a', 'b'], SHORT, batch_size=1)
+  batches.stop(9)
+  with (tmp_path / 'out.partial').open('a') as file:
+    file.writelines(journal.line({'batch': number, 'rows': rows[1]}) for number in (1, 2))
+  with pytest.raises(errors.UserError, match='has 3 batches, and 2 are to be made'):
+    counting().generate_to(tmp_path / 'out', ['a', 'b'], SHORT, batch_size=1)
+  assert [one.name for one in tmp_path.iterdir()] == ['out.partial']
 
 
 def test_a_new_file_is_a_new_one(tmp_path):
@@ -278,6 +396,92 @@ def test_a_new_file_is_a_new_one(tmp_path):
       journal.check_new('output', tmp_path / name)
   journal.check_new('output', tmp_path / 'new')
   assert (tmp_path / 'there').read_text() == 'old'
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+  path, other = tmp_path / 'out', tmp_path / 'out.tmp'
+  other.write_text("the user's own")
+
+  def lines(then):
+    yield 'new\n'
+    then()
+
+  def stop():
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    journal.write_new('output', path, lines(stop))
+  assert list(tmp_path.iterdir()) == [other]
+  with pytest.raises(errors.UserError, match='exists: name a new file'):
+    journal.write_new('output', path, lines(lambda: path.write_text('of another process')))
+  assert path.read_text() == 'of another process'
+  path.unlink()
+  journal.write_new('output', path, lines(lambda: journal.write_new('manifest', tmp_path / 'm', lines(lambda: None))))
+  assert (path.read_text(), (tmp_path / 'm').read_text(), other.read_text()) == ('new\n', 'new\n', "the user's own")
+  assert path.stat().st_mode == other.stat().st_mode
+  assert sorted(one.name for one in tmp_path.iterdir()) == ['m', 'out', 'out.tmp']
+
+
+def test_a_file_system_without_links(tmp_path, monkeypatch):
+  def link(old, new):
+    raise PermissionError(errno.EPERM, 'Operation not permitted')
+
+  monkeypatch.setattr(os, 'link', link)
+  journal.write_new('output', tmp_path / 'out', ['new\n'])
+  with pytest.raises(errors.UserError, match='exists'):
+    journal.write_new('output', tmp_path / 'out', ['newer\n'])
+  assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [('out', 'new\n')]
+
+
+def test_a_disk_that_fails_leaves_nothing(tmp_path, monkeypatch):
+  def fsync(file):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(os, 'fsync', fsync)
+  with pytest.raises(errors.MachineFailed, match=r'output=.*out.*No space left'):
+    journal.write_new('output', tmp_path / 'out', ['new\n'])
+  with pytest.raises(errors.MachineFailed, match='partial'):
+    journal.Journal(tmp_path / 'out', {})
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_is_on_the_file_that_is_there(tmp_path, monkeypatch):
+  """The last owner ends, and takes its file away, between our opening and locking it."""
+  path, real, locked = tmp_path / 'out.partial', fcntl.flock, []
+
+  def flock(file, how):
+    locked.append(file)
+    if len(locked) < 3:
+      path.unlink()
+    if len(locked) == 2:
+      path.touch()  # that of a third process, which ends too
+    real(file, how)
+
+  monkeypatch.setattr(fcntl, 'flock', flock)
+  with journal.Journal(tmp_path / 'out', {'a': 1}) as kept:
+    assert len(locked) == 3
+    with pytest.raises(errors.UserError, match='another process writes it'):
+      journal.Journal(tmp_path / 'out', {'a': 1})
+    kept.append(['text'])
+  assert len(path.read_text().splitlines()) == 2
+
+
+def test_a_journal_takes_away_its_own_file_alone(tmp_path):
+  path = tmp_path / 'out.partial'
+  (tmp_path / 'out').write_text('of a process that ended meanwhile')
+  with pytest.raises(errors.UserError, match='exists'):
+    journal.Journal(tmp_path / 'out', {})
+  assert [one.name for one in tmp_path.iterdir()] == ['out']
+  for others in (None, 'of another process'):
+    (tmp_path / 'out').unlink()
+    with journal.Journal(tmp_path / 'out', {}) as kept:
+      kept.append(['text'])
+      path.unlink()
+      if others:
+        path.write_text(others)
+      kept.finish(['text\n'])
+    assert (tmp_path / 'out').read_text() == 'text\n'
+    assert (path.read_text() if path.exists() else None) == others
 
 
 def test_prompts_of_stdin(trained, tmp_path, monkeypatch, capsys):
@@ -339,5 +543,5 @@ def test_prompts_begin_documents_where_the_model_was_trained_so(writer):
   said = dataclasses.replace(SHORT, begins_document=True)
   assert apart.generate(PROMPTS, SHORT) == writer.generate(PROMPTS, said) != writer.generate(PROMPTS, SHORT)
   assert ''.join(apart.stream('sea', SHORT)) == writer.generate(['sea'], said)[0].text
-  lines = apart.manifest(apart.generate(['sea'], SHORT), SHORT)
-  assert json.loads(lines[0])['settings'][0]['begins_document']
+  apart.generate(['sea'], SHORT)
+  assert json.loads(apart.manifest()[0])['settings'][0]['begins_document']

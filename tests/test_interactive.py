@@ -106,6 +106,7 @@ def test_half_a_character_at_the_end_is_no_prompt():
     ('/stop_at_end maybe', ["stop_at_end='maybe'"]),
     ('/stop_regex (', ['stop_regex']),
     ('/num_samples 2', ['no /num_samples']),
+    ('/begins_document false', ['no /begins_document']),  # the generator would insist on it
   ],
 )
 def test_wrong_lines_are_told_in_one_and_change_nothing(line, parts):
@@ -154,6 +155,13 @@ def test_the_command_writes_what_streams_do(monkeypatch, capsys, trained):
   expected = stream('--prompt=the king', '--seed=4', '--max_new_tokens=5')
   assert out == expected + stream('--prompt=sea', '--seed=4', '--max_new_tokens=8', '--temperature=0.2')
   assert [part in line for part, line in zip(["'Z'", 'UTF-8', 'temperature', 'max_new'], err.splitlines(), strict=True)] == [True] * 4
+
+
+def test_a_document_begins_where_the_flag_says_so(monkeypatch, capsys, trained):
+  code, out, _ = converse(monkeypatch, capsys, trained, b'sea\n', '--begins_document', '--max_new_tokens=9')
+  flags = ['--prompt=sea', '--begins_document', '--max_new_tokens=9', '--stream']
+  assert (code, sample.main(['sample.py', f'--workdir={trained}', *flags])) == (0, 0)
+  assert out == capsys.readouterr().out
 
 
 def test_nothing_to_answer(monkeypatch, capsys, trained):

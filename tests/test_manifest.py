@@ -87,12 +87,61 @@ def test_settings_of_each_prompt(trained):
   writer = generator.Generator.load(trained)
   other = dataclasses.replace(OTHER, seed=3)
   settings = [other, SamplingParams(max_new_tokens=2), other]
-  completions = writer.generate(['a', 'sea', 'the'], settings, batch_size=2)
-  lines = writer.manifest(completions, settings, batch_size=2)
-  assert [json.loads(line)['settings'] for line in lines[1:]] == [0, 0, 1, 0, 0]
-  assert writer.manifest(completions[:4:2], SamplingParams(), batch_size=2)[1:] == [
-    json.dumps({**one.row(), 'settings': 0}) + '\n' for one in completions[:4:2]
-  ]
+  with pytest.raises(ValueError, match='nothing was generated yet'):
+    writer.manifest()
+  made = writer.generate(['a', 'sea', 'the'], settings, batch_size=2)
+  header, *rows = [json.loads(line) for line in writer.manifest()]
+  assert (header['batch_size'], len(header['settings']), header['transforms']) == (2, 2, [])
+  assert [row.pop('settings') for row in rows] == [0, 0, 1, 0, 0]
+  assert rows == json.loads(json.dumps([one.row() for one in made]))
+
+
+def test_a_manifest_is_of_what_was_given_last(trained, tmp_path):
+  def louder(logits_BV, history):
+    return logits_BV * 2
+
+  writer = generator.Generator.load(trained)
+  transforms = [louder]
+  made = writer.generate(['a', 'sea'], SamplingParams(max_new_tokens=3), batch_size=1, transforms=transforms)
+  lines = writer.manifest()
+  assert 'louder' in json.loads(lines[0])['transforms'][0]
+  made.pop()
+  transforms.clear()
+  with pytest.raises(errors.UserError):
+    writer.generate(['Zoo'])
+  assert writer.manifest() == lines
+  writer.generate_to(tmp_path / 'out.jsonl', ['the'], SamplingParams(max_new_tokens=3))
+  header, row = map(json.loads, writer.manifest())
+  assert (row['prompt'], header['batch_size'], header['transforms']) == ('the', 64, [])
+
+
+def test_other_parameters_have_another_hash(trained, monkeypatch):
+  hashed, real = [], manifest.params_sha256
+  monkeypatch.setattr(manifest, 'params_sha256', lambda params: (hashed.append(params), real(params))[1])
+  writer = generator.Generator.load(trained, draft=trained)
+  own, draft = writer.params, writer.draft.params
+  short = SamplingParams(max_new_tokens=2)
+
+  def told():
+    header = json.loads(writer.manifest()[0])
+    return header['checkpoint']['params_sha256'], header['draft'].get('params_sha256')
+
+  for _ in range(2):
+    writer.generate(['a'], short)
+    assert told() == (real(own), real(draft))
+  assert [id(tree) for tree in hashed] == [id(own), id(draft)]
+  writer.params = jax.tree.map(lambda x: x * 1.5, own)
+  assert told() == (real(own), real(draft))  # which these texts were made with
+  writer.generate(['a'], short)
+  assert told() == (real(writer.params), real(draft)) != (real(own), real(draft))
+  writer.draft = writer.draft._replace(params=own)
+  writer.generate(['a'], short)
+  assert told() == (real(writer.params), real(own))
+  writer.draft = None
+  writer.generate(['a'], short)
+  assert told() == (real(writer.params), None)
+  assert len({id(tree) for tree in hashed}) == 3
+  assert len(writer._hashes) <= 2  # a tree that nobody uses is let go of
 
 
 def test_a_new_process_writes_every_byte_again(trained, made, tmp_path):
@@ -132,7 +181,7 @@ def test_what_differs_is_told(capsys, trained, made, tmp_path):
 
 
 def test_another_checkpoint_or_tokenizer_is_refused(trained, made, monkeypatch):
-  monkeypatch.setattr(generator.generate, 'generate', None)  # nothing is made
+  monkeypatch.setattr(generator.generate, 'complete', None)  # nothing is made
   writer, wanted = generator.Generator.load(trained), manifest.read(made)
   trembling = jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(1e-6), writer.params)
   retokenized = char.CharTokenizer.train(base.TokenizerConfig(), ['another text'])

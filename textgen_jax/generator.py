@@ -6,13 +6,13 @@
 """
 
 import dataclasses
-import functools
 import hashlib
+import operator
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tqdm
 
@@ -22,12 +22,11 @@ from textgen_jax.models import base
 from textgen_jax.sampling import batch as batch_lib
 from textgen_jax.sampling import batching, generate, journal, knobs, speculative
 from textgen_jax.sampling import manifest as manifest_lib
+from textgen_jax.sampling import params as params_lib
 from textgen_jax.sampling.generate import Completion
 from textgen_jax.sampling.params import SamplingParams
 from textgen_jax.text import base as text_base
 
-BATCH_SIZE = 64  # rows
-DRAFT_TOKENS = 4  # guessed at a time
 DEFAULTS = SamplingParams()
 
 Settings = SamplingParams | Sequence[SamplingParams]
@@ -51,12 +50,31 @@ class Timing:
     return f'{made}, in {self.seconds:.1f} s, compilation included: {self.tokens_per_s:,.0f} tokens/s'
 
 
+class _Source(NamedTuple):
+  """What makes texts."""
+
+  model: base.LanguageModel
+  params: Any
+  tokenizer: text_base.Tokenizer
+  step: int | None
+  draft: speculative.Draft | None
+
+
+class _Made(NamedTuple):
+  """Texts that were given, and what from."""
+
+  source: _Source
+  plan: batching.Plan
+  rows: list[dict[str, Any]]  # in the prompts' order
+
+
 class Generator:
   """Texts of one model.
 
   Args:
     model: any model of the contract (`models/base.py`).
-    params: its parameters; sharded ones are fine.
+    params: its parameters; sharded ones are fine. Others may take their place, but not within the same tree: manifests and
+      journals hash a tree once.
     tokenizer: the one that the model was trained with.
     step: of its checkpoint; a manifest tells it.
     draft: a smaller model of the same tokenizer that guesses ahead: it changes how long texts take, and not the texts.
@@ -78,10 +96,17 @@ class Generator:
     self.model, self.params, self.tokenizer, self.step, self.draft = model, params, tokenizer, step, draft
     self.begins_document = begins_document
     self.timing: Timing | None = None
+    self._hashes: list[tuple[Any, str]] = []
+    self._prepared: tuple[_Source, batch_lib.Batch] | None = None
+    self._made: _Made | None = None
 
   @classmethod
   def load(
-    cls, workdir: str | os.PathLike, checkpoint: str = 'best', draft: str | os.PathLike | None = None, draft_tokens: int = DRAFT_TOKENS
+    cls,
+    workdir: str | os.PathLike,
+    checkpoint: str = 'best',
+    draft: str | os.PathLike | None = None,
+    draft_tokens: int = params_lib.DRAFT_TOKENS,
   ) -> 'Generator':
     """The model of a training run, and one of another run as its draft; prompts begin documents if it was trained on documents apart.
 
@@ -103,7 +128,7 @@ class Generator:
     prompts: Sequence[str],
     settings: Settings = DEFAULTS,
     *,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = params_lib.BATCH_SIZE,
     progress: bool = False,
     transforms: Sequence[knobs.Transform] = (),
   ) -> list[Completion]:
@@ -116,14 +141,16 @@ class Generator:
       settings: one for all prompts, or one each.
       batch_size: rows at a time. Those of one prompt stay together: a prompt with more is a batch of its own.
       progress: shows a bar on stderr where there is more than one batch.
-      transforms: the caller's own, as `sampling.generate` has them.
+      transforms: the caller's own, as `sampling.generate` has them. What is compiled holds for these very functions: one that
+        is made anew for each call, as a lambda in its arguments is, compiles each time. Keep it.
 
     Raises:
-      UserError: a prompt or settings that can't be, before anything compiles.
+      UserError: a prompt or settings that can't be, before anything compiles; or fewer texts are possible than num_samples of
+        num_beams, which the search finds out.
       NoGoodCheckpoint: a logit isn't a number.
     """
     plan = self._plan(prompts, self._resolve(prompts, settings), batch_size, transforms)
-    return plan.in_order([*self._run(plan, 0, progress)])
+    return self._keep(plan, [*self._run(plan, 0, progress)])
 
   def generate_to(
     self,
@@ -131,7 +158,7 @@ class Generator:
     prompts: Sequence[str],
     settings: Settings = DEFAULTS,
     *,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = params_lib.BATCH_SIZE,
     progress: bool = False,
     transforms: Sequence[knobs.Transform] = (),
   ) -> list[Completion]:
@@ -143,42 +170,52 @@ class Generator:
     Raises:
       UserError: also where `path` exists, or the '.partial' is of other prompts, settings, parameters, versions or batches.
       MachineFailed: the disk.
+      KeyboardInterrupt: tells what the '.partial' keeps, where that is anything.
     """
     journal.check_new('output', path)
     plan = self._plan(prompts, self._resolve(prompts, settings), batch_size, transforms)
     with journal.Journal(path, self._request(plan)) as kept:
-      made = [plan.read(batch, rows, kept.path) for rows, batch in zip(kept.batches, plan.batches, strict=False)]
+      made = plan.read(kept.batches, kept.path)
+      texts = plan.texts(plan.batches)
       if made:
-        print(f'{kept.path}: {sum(map(len, made))} of {plan.texts(plan.batches)} texts are there', file=sys.stderr)
+        print(f'{kept.path}: {sum(map(len, made))} of {texts} texts are there', file=sys.stderr)
       try:
-        for texts in self._run(plan, len(made), progress):
-          kept.append([text.row() for text in texts])
-          made.append(texts)
-      except KeyboardInterrupt:
-        if made:
-          print(f'{kept.path} keeps {sum(map(len, made))} texts: the same command goes on from there', file=sys.stderr)
-        raise
-      ordered = plan.in_order(made)
-      kept.finish(journal.line(text.row()) for text in ordered)
-    return ordered
+        for batch in self._run(plan, len(made), progress):
+          kept.append([text.row() for text in batch])
+          made.append(batch)
+      except KeyboardInterrupt as error:
+        if not made:
+          raise
+        keeps = f'{kept.path} keeps {sum(map(len, made))} of {texts} texts'
+        raise KeyboardInterrupt(f'{keeps}: asked for again, they go on from there') from error
+      kept.finish(journal.line(text.row()) for text in plan.in_order(made))
+    return self._keep(plan, made)
 
-  def stream(self, prompt: str, settings: SamplingParams = DEFAULTS) -> Iterator[str]:
+  def stream(self, prompt: str, settings: SamplingParams = DEFAULTS, *, transforms: Sequence[knobs.Transform] = ()) -> Iterator[str]:
     """One text in pieces, as they are made; never half a character. Checked when called, made when iterated."""
-    self._check_text(prompt)
+    _check_text(prompt)
     (resolved,) = self._resolve([prompt], settings)
-    return generate.stream(self.model, self.params, self.tokenizer, prompt, resolved, draft=self.draft)
+    return generate.stream(self.model, self.params, self.tokenizer, prompt, resolved, transforms, self.draft)
 
-  def manifest(
-    self,
-    completions: Sequence[Completion],
-    settings: Settings,
-    *,
-    batch_size: int = BATCH_SIZE,
-    transforms: Sequence[knobs.Transform] = (),
-  ) -> list[str]:
-    """The lines of a manifest of what `generate` gave for these arguments; `manifest` has the format."""
-    prompts = range(len(completions) // settings.num_samples) if isinstance(settings, SamplingParams) else settings
-    return self._manifest(completions, self._resolve(prompts, settings), batch_size, transforms)
+  def longest(self, prompts: Sequence[str], settings: Settings = DEFAULTS) -> int:
+    """The tokens that a text may reach, its prompt's among them: of all, the most. 0 without prompts.
+
+    Raises:
+      UserError: as `generate`, which reads the same prompts without encoding them again.
+    """
+    batch = self._prepare(prompts, self._resolve(prompts, settings))
+    return max((len(ids) + one.max_new_tokens for ids, one in zip(batch.ids, batch.settings, strict=True)), default=0)
+
+  def manifest(self) -> list[str]:
+    """The lines of a manifest of the texts that `generate` or `generate_to` gave last; `sampling/manifest.py` has the format.
+
+    Raises:
+      ValueError: there are none.
+    """
+    if self._made is None:
+      raise ValueError('manifest: nothing was generated yet: call generate or generate_to before')
+    source, plan, rows = self._made
+    return manifest_lib.lines(self._header(source, plan.batch_size, plan.transforms), rows, plan.batch.settings)
 
   def reproduce(self, wanted: manifest_lib.Manifest, *, progress: bool = False, transforms: Sequence[knobs.Transform] = ()) -> list[str]:
     """Makes a manifest's texts again, and gives the lines of theirs. What the machine differs in is told on stderr.
@@ -186,18 +223,23 @@ class Generator:
     Raises:
       UserError: it was written with other parameters, another tokenizer or other transforms; nothing was compiled.
     """
-    header, size = self._header(wanted.header['batch_size'], transforms), wanted.header['batch_size']
+    size = wanted.header['batch_size']
+    header = self._header(self._source(), size, transforms)
     manifest_lib.refuse_other(wanted, header)
     for difference in manifest_lib.differences(wanted, header):
       print(f'{wanted.path} was written elsewhere: {difference}', file=sys.stderr)
     plan = self._plan(wanted.prompts, wanted.settings, size, transforms)
-    made = plan.in_order([*self._run(plan, 0, progress)])
-    return self._manifest(made, wanted.settings, size, transforms)
+    self._keep(plan, [*self._run(plan, 0, progress)])
+    return self.manifest()
 
-  def _manifest(
-    self, completions: Sequence[Completion], each: Sequence[SamplingParams], batch_size: int, transforms: Sequence[knobs.Transform]
-  ) -> list[str]:
-    return manifest_lib.lines(self._header(batch_size, transforms), [one.row() for one in completions], each)
+  def _source(self) -> _Source:
+    return _Source(self.model, self.params, self.tokenizer, self.step, self.draft)
+
+  def _keep(self, plan: batching.Plan, made: Sequence[list[Completion]]) -> list[Completion]:
+    """The texts in order, which `manifest` then is about."""
+    ordered = plan.in_order(made)
+    self._made = _Made(self._source(), plan, [one.row() for one in ordered])
+    return ordered
 
   def _resolve(self, prompts: Sequence[Any], settings: Settings) -> list[SamplingParams]:
     """Settings, one a prompt, as they are meant here."""
@@ -209,20 +251,25 @@ class Generator:
   def _plan(
     self, prompts: Sequence[str], each: Sequence[SamplingParams], batch_size: int, transforms: Sequence[knobs.Transform]
   ) -> batching.Plan:
+    params_lib.check_batch_size(batch_size)
+    batch = self._prepare(prompts, each)
+    cut = batching.cut([len(ids) for ids in batch.ids], [max(one.rows(), one.num_beams) for one in batch.settings], batch_size)
+    return batching.Plan(batch, batch_size, cut, tuple(transforms))
+
+  def _prepare(self, prompts: Sequence[str], each: Sequence[SamplingParams]) -> batch_lib.Batch:
+    """Prompts and settings, checked. Those of the last call are kept: `longest` and then `generate` ask for the same."""
     if isinstance(prompts, str):
       raise errors.UserError(f'prompts={prompts!r:.60} is one text: give a list')
-    if not 1 <= batch_size <= manifest_lib.MAX_BATCH_SIZE:
-      raise errors.UserError(f'batch_size={batch_size} is not in [1, {manifest_lib.MAX_BATCH_SIZE}]')
+    source, prompts = self._source(), list(prompts)
+    if self._prepared is not None:
+      of, batch = self._prepared
+      if all(map(operator.is_, of, source)) and (batch.prompts, batch.settings) == (prompts, list(each)):
+        return batch._replace(settings=list(each))  # 1 equals 1.0, and a manifest writes them differently
     for prompt in prompts:
-      self._check_text(prompt)
+      _check_text(prompt)
     batch = batch_lib.prepare(self.model, self.params, self.tokenizer, prompts, each, self.draft)
-    cut = batching.cut([len(ids) for ids in batch.ids], [max(one.rows(), one.num_beams) for one in each], batch_size)
-    return batching.Plan(batch, batch_size, cut, transforms)
-
-  def _check_text(self, prompt: str) -> None:
-    at = text_base.first_surrogate(prompt)
-    if at >= 0:
-      raise errors.UserError(f'prompt {prompt!r:.60}: {prompt[at]!r} at offset {at} is not UTF-8 text')
+    self._prepared = source, batch
+    return batch
 
   def _run(self, plan: batching.Plan, first: int, progress: bool) -> Iterator[list[Completion]]:
     """The texts of each batch from the first that isn't made yet."""
@@ -245,16 +292,23 @@ class Generator:
         bar.update(len(made))
     self.timing = Timing(sum(map(len, left)), texts, tokens, time.monotonic() - began)
 
-  @functools.cached_property
-  def _params_sha256(self) -> str:
-    return manifest_lib.params_sha256(self.params)  # seconds for gigabytes
+  def _sha256(self, params: Any) -> str:
+    """Of parameters; those of the model and the draft are taken once, for gigabytes take seconds."""
+    for known, found in self._hashes:
+      if known is params:
+        return found
+    in_use = (self.params, self.draft and self.draft.params)
+    self._hashes = [pair for pair in self._hashes if any(pair[0] is one for one in in_use)]
+    self._hashes.append((params, manifest_lib.params_sha256(params)))
+    return self._hashes[-1][1]
 
-  def _header(self, batch_size: int, transforms: Sequence[knobs.Transform]) -> dict[str, Any]:
+  def _header(self, source: _Source, batch_size: int, transforms: Sequence[knobs.Transform]) -> dict[str, Any]:
+    draft = source.draft
     return {
       'format': manifest_lib.FORMAT,
-      'checkpoint': {'step': self.step, 'params_sha256': self._params_sha256},
-      'draft': {} if self.draft is None else {'tokens': self.draft.tokens, 'params_sha256': manifest_lib.params_sha256(self.draft.params)},
-      'tokenizer_sha256': self.tokenizer.fingerprint(),
+      'checkpoint': {'step': source.step, 'params_sha256': self._sha256(source.params)},
+      'draft': {} if draft is None else {'tokens': draft.tokens, 'params_sha256': self._sha256(draft.params)},
+      'tokenizer_sha256': source.tokenizer.fingerprint(),
       'versions': manifest_lib.versions(),
       'platform': manifest_lib.device(),
       'transforms': [getattr(one, '__qualname__', type(one).__qualname__) for one in transforms],
@@ -265,8 +319,17 @@ class Generator:
     """All that decides the texts, short."""
     distinct, numbers = manifest_lib.distinct(plan.batch.settings)
     settings = [[manifest_lib.settings_to_json(one) for one in distinct], numbers]
-    return {'prompts': _sha256(plan.batch.prompts), 'settings': _sha256(settings), **self._header(plan.batch_size, plan.transforms)}
+    header = self._header(self._source(), plan.batch_size, plan.transforms)
+    return {'prompts': _sha256(plan.batch.prompts), 'settings': _sha256(settings), **header}
 
 
 def _sha256(value: Any) -> str:
   return hashlib.sha256(journal.line(value).encode('utf-8', 'surrogatepass')).hexdigest()
+
+
+def _check_text(prompt: str) -> None:
+  if not isinstance(prompt, str):
+    raise errors.UserError(f'prompt {prompt!r:.60} is not a text')
+  at = text_base.first_surrogate(prompt)
+  if at >= 0:
+    raise errors.UserError(f'prompt {prompt!r:.60}: {prompt[at]!r} at offset {at} is not UTF-8 text')

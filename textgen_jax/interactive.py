@@ -12,10 +12,11 @@ from textgen_jax import command_line, errors
 from textgen_jax.sampling.params import SamplingParams
 
 UNREAD = ('num_samples', 'best_of', 'num_beams', 'length_penalty', 'log_probs', 'alternatives')  # one text is written, as text
+FIXED = ('begins_document',)  # the generator may insist on it, and a setting of the conversation would change nothing
 FIELDS: dict[str, Any] = {
   field.name: field.type
   for field in dataclasses.fields(SamplingParams)
-  if field.type in (int, float, str, bool) and field.name not in UNREAD
+  if field.type in (int, float, str, bool) and field.name not in (*UNREAD, *FIXED)
 }
 COMMANDS = {
   'show': 'the settings that differ from their defaults',

@@ -174,7 +174,7 @@ def test_rows_that_wait_for_each_other_over_several_segments(name, draft):
     drafted = generate.generate(model, weights, TOKENIZER, prompts, settings, draft=guess)
     same = [one.tokens == other.tokens for one, other in zip(plain, drafted, strict=True)]
     assert same[0]  # the likeliest token each time
-    assert draft == 'noisy copy' or all(same) == (draft == 'itself')
+    assert all(same) or draft != 'itself'
     assert_the_model_s_own(drafted, model, weights, prompts)
 
 

@@ -1,6 +1,9 @@
 """Any number of prompts cut into batches that fit, and their texts put in order again."""
 
 import dataclasses
+import math
+import types
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,18 +36,54 @@ class Plan:
         at += self.batch.settings[i].num_samples
     return [text for i in range(len(self.batch.prompts)) for text in of_prompt[i]]
 
-  def read(self, batch: list[int], rows: Sequence[Any], where: str) -> list[Completion]:
-    """A batch's texts from `Completion.row()` of each. Raises UserError, which names `where`, for rows of anything else."""
+  def read(self, batches: Sequence[Sequence[Any]], where: str) -> list[list[Completion]]:
+    """The texts of the first batches, from `Completion.row()` of each.
+
+    Raises:
+      UserError: names `where`, a journal: it holds anything else.
+    """
+    if len(batches) > len(self.batches):
+      raise errors.UserError(
+        f'{where} has {len(batches)} batches, and {len(self.batches)} are to be made: delete it, or name another output'
+      )
     try:
-      made = [Completion(**row) for row in rows]
-      if [one.prompt for one in made] != [self.batch.prompts[i] for i in batch for _ in range(self.batch.settings[i].num_samples)]:
-        raise ValueError('other prompts')
-      for one in made:
-        if one.alternatives:  # JSON has no pairs
-          one.alternatives = [[(i, log_prob) for i, log_prob in others] for others in one.alternatives]
+      return [self._batch(self.batches[number], rows) for number, rows in enumerate(batches)]
     except (TypeError, ValueError) as error:
-      raise errors.UserError(f'{where} is damaged: delete it, or name another output') from error
+      raise errors.UserError(f'{where} is damaged ({error!s:.100}): delete it, or name another output') from error
+
+  def _batch(self, batch: list[int], rows: Sequence[Any]) -> list[Completion]:
+    made = [_completion(row) for row in rows]
+    if [one.prompt for one in made] != [self.batch.prompts[i] for i in batch for _ in range(self.batch.settings[i].num_samples)]:
+      raise ValueError('other prompts')
     return made
+
+
+def _completion(row: Any) -> Completion:
+  """The reverse of `Completion.row()`, after JSON. Raises TypeError for anything else."""
+  if not isinstance(row, dict):
+    raise TypeError(f'{row!r:.60} is not an object')
+  hints = typing.get_type_hints(Completion)
+  unknown = [name for name in row if name not in hints]
+  if unknown:
+    raise TypeError(errors.not_among('field', unknown[0], hints))
+  return Completion(**{name: _value(name, value, hints[name]) for name, value in row.items()})
+
+
+def _value(name: str, value: Any, hint: Any) -> Any:
+  """A field's value as `hint` says. JSON has no pairs, which are lists in it, and no -inf, the only number that is null in it."""
+  parts = typing.get_args(hint)
+  if isinstance(hint, types.UnionType):  # `or None`, where `row()` leaves the field out
+    return _value(name, value, parts[0])
+  if parts:
+    each = parts * len(value) if typing.get_origin(hint) is list and isinstance(value, list) else parts
+    if not isinstance(value, list) or len(value) != len(each):
+      raise TypeError(f'{name}={value!r:.60} must be of type {hint}')
+    return typing.get_origin(hint)(_value(name, one, part) for one, part in zip(value, each, strict=True))
+  if hint is float and value is None:
+    return -math.inf
+  if type(value) is not hint:
+    raise TypeError(f'{name}={value!r:.60} must be of type {hint.__name__}')
+  return value
 
 
 def cut(lengths: Sequence[int], rows: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -51,19 +52,31 @@ def write_new(field: str, path: str | os.PathLike, lines: Iterable[str]) -> None
   """Writes a file as a whole: a reader never sees half of it.
 
   Raises:
+    UserError: a file stands there, which came since `check_new`; it stays as it is.
     MachineFailed: names the field, the path and what the disk said.
   """
-  temporary = pathlib.Path(f'{os.fspath(path)}.tmp')
+  # In the same directory, which makes it the same disk; a name of its own, which no other file or process has.
+  temporary = pathlib.Path(path).parent / f'.textgen_jax.{secrets.token_hex(8)}.tmp'
   try:
-    with temporary.open('wb') as file:
+    with temporary.open('xb') as file:
       file.writelines(one.encode('utf-8', 'replace') for one in lines)
       file.flush()
       os.fsync(file.fileno())
-    os.replace(temporary, path)
+    _move_new(temporary, field, path)
   except OSError as error:
+    raise errors.MachineFailed(f'{field}={str(path)!r} could not be written: {error.strerror}') from error
+  finally:
     with contextlib.suppress(OSError):
       temporary.unlink()
-    raise errors.MachineFailed(f'{field}={str(path)!r} could not be written: {error.strerror}') from error
+
+
+def _move_new(temporary: pathlib.Path, field: str, path: str | os.PathLike) -> None:
+  """Gives a file its name, unless another has it."""
+  try:
+    os.link(temporary, path)
+  except OSError:  # the name is taken, or the file system has no links
+    check_new(field, path)
+    os.replace(temporary, path)
 
 
 class Journal:
@@ -88,34 +101,58 @@ class Journal:
     self.path = f'{os.fspath(output)}.partial'
     self.batches: list[Any] = []
     self._file = self._open()
+    fresh = os.fstat(self._file.fileno()).st_size == 0
     try:
       check_new('output', output)  # another process may have ended since the caller looked
       self._read()
     except BaseException:
+      if fresh:
+        self._remove()
       self._file.close()
       raise
     self._written = len(self.batches)
 
   def _open(self) -> Any:
+    """The file at `path`, locked. A process that ends takes its file away, and a lock on that would keep nobody out."""
+    for _ in range(100):
+      file = self._open_regular()
+      self._lock(file)
+      if self._is_at_path(file):
+        return file
+      file.close()
+    raise errors.UserError(f'{self.path}: other processes take it away again and again; name another output')
+
+  def _open_regular(self) -> Any:
     try:
       # A pipe would wait for a reader, were it not for O_NONBLOCK.
       file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666), 'r+b')
     except OSError as error:
       raise errors.UserError(f"output={str(self._output)!r}: {self.path} can't be written: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+      file.close()
+      raise errors.UserError(f'{self.path} is not a regular file: delete it, or name another output')
+    return file
+
+  def _lock(self, file: Any) -> None:
     try:
-      if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        raise errors.UserError(f'{self.path} is not a regular file: delete it, or name another output')
-      with contextlib.suppress(NotImplementedError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       file.close()
       raise errors.UserError(f'{self.path}: another process writes it; name another output, or wait') from error
-    except errors.UserError:
-      file.close()
-      raise
-    except OSError:  # a file system without locks
+    except (OSError, NotImplementedError):  # a file system without locks
       pass
-    return file
+
+  def _is_at_path(self, file: Any) -> bool:
+    try:
+      return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
+    except OSError:
+      return False
+
+  def _remove(self) -> None:
+    """Takes the journal away, while it is locked: what stands there after that is another process's."""
+    if self._is_at_path(self._file):
+      with contextlib.suppress(OSError):
+        os.unlink(self.path)
 
   def _read(self) -> None:
     header = line({'journal': 1, **self._request}).encode()
@@ -171,7 +208,7 @@ class Journal:
   def finish(self, lines: Iterable[str]) -> None:
     """Writes the output and takes the journal away."""
     write_new('output', self._output, lines)
-    os.unlink(self.path)
+    self._remove()
     self._written = 0
 
   def __enter__(self) -> 'Journal':
@@ -179,8 +216,7 @@ class Journal:
 
   def __exit__(self, *_: object) -> None:
     if not self._written:
-      with contextlib.suppress(OSError):
-        os.unlink(self.path)
+      self._remove()
     with contextlib.suppress(OSError):  # what couldn't be written was told already
       self._file.close()
 

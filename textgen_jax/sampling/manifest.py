@@ -24,12 +24,12 @@ import numpy as np
 
 from textgen_jax import errors, trees
 from textgen_jax.sampling import journal
+from textgen_jax.sampling import params as params_lib
 from textgen_jax.sampling.params import SamplingParams
 from textgen_jax.text import base
 
 FORMAT = 1
 MAX_BYTES = 1 << 30
-MAX_BATCH_SIZE = 1 << 20
 _FIELDS: dict[str, type] = {
   'format': int,
   'batch_size': int,
@@ -193,8 +193,10 @@ def _header(content: dict[str, Any], where: str) -> dict[str, Any]:
     raise errors.UserError(f'{where}: checkpoint.step={step!r:.60} is no step')
   if not isinstance(sha256, str):
     raise errors.UserError(f'{where}: checkpoint.params_sha256={sha256!r:.60} is not a string')
-  if not 1 <= content['batch_size'] <= MAX_BATCH_SIZE:
-    raise errors.UserError(f'{where}: batch_size={content["batch_size"]!r:.60} is not in [1, {MAX_BATCH_SIZE}]')
+  try:
+    params_lib.check_batch_size(content['batch_size'])
+  except errors.UserError as error:
+    raise errors.UserError(f'{where}: {error}') from error
   return content
 
 

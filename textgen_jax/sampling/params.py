@@ -3,17 +3,21 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
 
 from textgen_jax import errors
 from textgen_jax.sampling import stopping
 
-MAX_STOP_TOKENS = 64
-MAX_ALTERNATIVES = 64
-MAX_BEAMS = 1024
+BATCH_SIZE = 64  # rows at a time
+MAX_BATCH_SIZE = 1 << 20
 DRAFT_TOKENS = 4  # guessed at a time
 MAX_DRAFT_TOKENS = 64  # past a few they are hardly ever all right
+MAX_ALTERNATIVES = 64
+MAX_BEAMS = 1024
+MAX_LENGTH_PENALTY = 10  # the tokens ** it, and its inverse, stay numbers: 2**31 ** 10 is 2e93
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,52 +59,17 @@ class SamplingParams:
   alternatives: int = 0  # tell so many of the likeliest tokens at each place
 
   def __post_init__(self) -> None:
-    if isinstance(self.logit_bias, Mapping):
-      object.__setattr__(self, 'logit_bias', tuple(self.logit_bias.items()))
-
-    def need(name: str, holds: bool, constraint: str) -> None:
-      if not holds:
-        raise errors.UserError(f'{name}={getattr(self, name)!r} is not {constraint}')
-
-    def finite(name: str, low: float, constraint: str) -> None:
-      value = getattr(self, name)
-      need(name, _is_number(value) and math.isfinite(value) and value >= low, constraint)
-
-    def whole(name: str, low: int, high: int, constraint: str) -> None:
-      value = getattr(self, name)
-      need(name, _is_whole(value) and low <= value < high, constraint)
-
-    whole('max_new_tokens', 0, 2**31, 'at least 0 and below 2**31')
-    finite('temperature', 0, 'a finite number of at least 0')
-    whole('top_k', 0, 2**31, 'at least 0 and below 2**31')
-    need('top_p', 0 < self.top_p <= 1, 'in (0, 1]')
-    need('min_p', 0 <= self.min_p <= 1, 'in [0, 1]')
-    need('typical_p', 0 < self.typical_p <= 1, 'in (0, 1]')
-    finite('repetition_penalty', 0, 'a finite number above 0')
-    need('repetition_penalty', self.repetition_penalty > 0, 'a finite number above 0')
-    finite('presence_penalty', -math.inf, 'a finite number')
-    finite('frequency_penalty', -math.inf, 'a finite number')
-    whole('no_repeat_ngram', 0, 2**16, 'at least 0 and below 2**16')
-    need('logit_bias', all(_is_id(i) and math.isfinite(bias) for i, bias in self.logit_bias), 'made of (token id, finite number)')
-    need('banned_tokens', all(map(_is_id, self.banned_tokens)), 'made of token ids')
-    whole('min_new_tokens', 0, self.max_new_tokens + 1, f'in [0, max_new_tokens={self.max_new_tokens}]')
-    finite('guidance', -math.inf, 'a finite number')
-    whole('seed', 0, 2**32, 'in [0, 2**32)')
-    whole('num_samples', 1, 2**20, 'at least 1 and below 2**20')
-    whole('num_beams', 0, MAX_BEAMS + 1, f'in [0, {MAX_BEAMS}]')
-    finite('length_penalty', -math.inf, 'a finite number')
-    for name in ('stop', 'choices'):
-      value = getattr(self, name)
-      need(name, not isinstance(value, str), 'a sequence of texts, but one text')
-      need(name, all(value), 'made of texts with at least one character')
-    need('stop_tokens', all(map(_is_id, self.stop_tokens)), 'made of token ids')
-    need('stop_tokens', len(self.stop_tokens) <= MAX_STOP_TOKENS, f'at most {MAX_STOP_TOKENS} ids')
-    whole('lines', 0, 2**31, 'at least 0 and below 2**31')
-    whole('sentences', 0, 2**31, 'at least 0 and below 2**31')
-    need('min_log_prob', self.min_log_prob < 0, 'below 0')
-    whole('alternatives', 0, MAX_ALTERNATIVES + 1, f'in [0, {MAX_ALTERNATIVES}]')
-    for name in ('stop', 'choices', 'logit_bias', 'banned_tokens', 'stop_tokens'):  # a list isn't hashable
-      object.__setattr__(self, name, tuple(getattr(self, name)))
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.name in _ITEMS:
+        object.__setattr__(self, field.name, _items(field.name, value))  # a list isn't hashable
+      else:
+        holds, kind = _KINDS[field.type]
+        _need(field.name, value, holds(value), kind)
+    for name, (holds, constraint) in _RANGES.items():
+      _need(name, getattr(self, name), holds(getattr(self, name)), constraint)
+    least, most = self.min_new_tokens, self.max_new_tokens
+    _need('min_new_tokens', least, 0 <= least <= most, f'in [0, max_new_tokens={most}]')
     if self.stop_regex:
       stopping.compile_regex(self.stop_regex)
     self._agree()
@@ -114,7 +83,6 @@ class SamplingParams:
 
     refuse(bool(self.negative_prompt) and self.guidance == 1, 'negative_prompt needs a guidance other than 1')
     refuse(bool(self.regex and self.choices), 'regex and choices: give one of them')
-    refuse(not 0 <= self.best_of < 2**20, f'best_of={self.best_of} is not in [0, 2**20)')
     short = 0 < self.best_of < self.num_samples
     refuse(short, f'best_of={self.best_of} is below num_samples={self.num_samples}, which are taken from them')
     refuse(bool(self.best_of and not self.temperature), f'best_of={self.best_of} at temperature=0: all would be the same')
@@ -133,13 +101,87 @@ class SamplingParams:
     return self.best_of or self.num_samples
 
 
-def _is_number(value: Any) -> bool:
-  return isinstance(value, numbers.Real)
+def check_batch_size(size: Any) -> None:
+  """Raises UserError where it is none: rows at a time."""
+  _need('batch_size', size, _is_whole(size) and 1 <= size <= MAX_BATCH_SIZE, f'a whole number in [1, {MAX_BATCH_SIZE}]')
+
+
+def _need(name: str, value: Any, holds: bool, constraint: str) -> None:
+  if not holds:
+    shown = repr(value).replace('\n', ' ')  # an array's has lines
+    raise errors.UserError(f'{name}={shown:.100} is not {constraint}')
+
+
+def _items(name: str, value: Any) -> tuple[Any, ...]:
+  """A field of several values as a tuple, checked. A set is sorted: texts in it have another order in another process."""
+  holds, what = _ITEMS[name]
+  given = value.items() if name == 'logit_bias' and isinstance(value, Mapping) else value
+  _need(name, value, not isinstance(given, str | bytes | Mapping), f'a sequence of {what}')
+  try:
+    found = tuple(sorted(given) if isinstance(given, set | frozenset) else given)
+  except TypeError:
+    found = None
+  _need(name, value, found is not None, f'a sequence of {what}')
+  _need(name, value, all(map(holds, found or ())), f'made of {what}')
+  return tuple(map(tuple, found or ())) if name == 'logit_bias' else found or ()
 
 
 def _is_whole(value: Any) -> bool:
-  return isinstance(value, numbers.Integral)
+  return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+  try:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and isinstance(float(value), float)
+  except OverflowError:  # a whole number of 400 digits
+    return False
+
+
+def _is_switch(value: Any) -> bool:
+  return isinstance(value, bool | np.bool_)
+
+
+def _is_text(value: Any) -> bool:
+  return isinstance(value, str)
 
 
 def _is_id(value: Any) -> bool:
   return _is_whole(value) and 0 <= value < 2**31
+
+
+def _is_bias(value: Any) -> bool:
+  return isinstance(value, tuple | list) and len(value) == 2 and _is_id(value[0]) and _is_number(value[1]) and math.isfinite(value[1])
+
+
+_Check = tuple[Callable[[Any], bool], str]  # and what is told where it doesn't hold
+
+_KINDS: dict[Any, _Check] = {
+  int: (_is_whole, 'a whole number'),
+  float: (_is_number, 'a number (float)'),
+  bool: (_is_switch, 'True or False'),
+  str: (_is_text, 'a text'),
+}
+_ITEMS: dict[str, _Check] = {
+  **dict.fromkeys(('banned_tokens', 'stop_tokens'), (_is_id, 'token ids')),
+  **dict.fromkeys(('stop', 'choices'), (lambda one: _is_text(one) and one != '', 'texts with at least one character')),
+  'logit_bias': (_is_bias, '(token id, finite number)'),
+}
+_COUNT: _Check = (lambda n: 0 <= n < 2**31, 'at least 0 and below 2**31')
+_MASS: _Check = (lambda p: 0 < p <= 1, 'in (0, 1]')
+# What is asked of a value of the right type. `__post_init__` and `_agree` have what depends on other fields.
+_RANGES: dict[str, _Check] = {
+  **dict.fromkeys(('max_new_tokens', 'top_k', 'lines', 'sentences'), _COUNT),
+  **dict.fromkeys(('top_p', 'typical_p'), _MASS),
+  **dict.fromkeys(('presence_penalty', 'frequency_penalty', 'guidance'), (math.isfinite, 'a finite number')),
+  'temperature': (lambda x: math.isfinite(x) and x >= 0, 'a finite number of at least 0'),
+  'min_p': (lambda p: 0 <= p <= 1, 'in [0, 1]'),
+  'repetition_penalty': (lambda x: math.isfinite(x) and x > 0, 'a finite number above 0'),
+  'no_repeat_ngram': (lambda n: 0 <= n < 2**16, 'at least 0 and below 2**16'),
+  'seed': (lambda n: 0 <= n < 2**32, 'in [0, 2**32)'),
+  'num_samples': (lambda n: 1 <= n < 2**20, 'at least 1 and below 2**20'),
+  'best_of': (lambda n: 0 <= n < 2**20, 'in [0, 2**20)'),
+  'num_beams': (lambda n: 0 <= n <= MAX_BEAMS, f'in [0, {MAX_BEAMS}]'),
+  'length_penalty': (lambda x: -MAX_LENGTH_PENALTY <= x <= MAX_LENGTH_PENALTY, f'in [{-MAX_LENGTH_PENALTY}, {MAX_LENGTH_PENALTY}]'),
+  'min_log_prob': (lambda x: x < 0, 'below 0'),
+  'alternatives': (lambda n: 0 <= n <= MAX_ALTERNATIVES, f'in [0, {MAX_ALTERNATIVES}]'),
+}
