@@ -10,7 +10,7 @@ from textgen_jax.models import base
 from textgen_jax.sampling import decode
 
 MAX_CHUNK = 256  # prompt tokens read in one call
-MANY_LINES = 8
+MANY_LINES = 4
 
 
 class Reader:
@@ -24,6 +24,7 @@ class Reader:
 
   Attributes:
     cache: of `lines`, in their order; its user puts back what it made of it.
+    capacity: slots of the cache.
     lines: whoever draws puts what was drawn there.
   """
 
@@ -31,7 +32,7 @@ class Reader:
     self.model, self.params, self.cache = model, params, None
     self.lines, self._ahead = list(lines), ahead
     self._starts = [0] * len(self.lines)  # where in the line the context that the model sees begins
-    self._used = self._capacity = self._chunk = self._most = 0
+    self._used = self.capacity = self._chunk = self._most = 0
 
   def room(self) -> int | None:
     """How many tokens may still be read before the context must be read anew; None: any number."""
@@ -56,8 +57,8 @@ class Reader:
     least, enough = (64, 256) if len(contexts) >= MANY_LINES else (256, 512)
     whole = self._bounded(self._most)
     first = axes.power_of_two(self._used + segment + self._ahead, low=least)
-    self._capacity = whole if whole <= enough else min(first, whole)
-    self.cache = decode.new_cache(self.model, self.params, len(contexts), self._capacity, self._ahead)
+    self.capacity = whole if whole <= enough else min(first, whole)
+    self.cache = decode.new_cache(self.model, self.params, len(contexts), self.capacity, self._ahead)
     # Lines end together, so that all rows write at one place from then on.
     tokens_BT = np.zeros((len(contexts), self._used), np.int32)
     valid_BT = np.zeros((len(contexts), self._used), bool)
@@ -66,16 +67,17 @@ class Reader:
       valid_BT[b, self._used - len(context) :] = True
     for low in range(0, self._used, self._chunk):
       part = np.s_[:, low : low + self._chunk]
-      self.cache = decode.prefill(self.model, self.params, self.cache, tokens_BT[part], valid_BT[part])
+      with decode.compile_once(self.model, len(contexts), self._chunk, self.capacity):
+        self.cache = decode.prefill(self.model, self.params, self.cache, tokens_BT[part], valid_BT[part])
 
   def reserve(self, more: int) -> None:
     """Room for `more` tokens a line. Attention's cost follows the text: a full cache doubles, up to the text's end or its ring."""
     self._used += more
     needed = min(axes.power_of_two(self._used + self._ahead, low=64), self._most)
-    capacity = self._bounded(max(self._capacity, needed))
-    if capacity > self._capacity:
+    capacity = self._bounded(max(self.capacity, needed))
+    if capacity > self.capacity:
       self.cache = self.model.grow_cache(self.cache, capacity)
-      self._capacity = capacity
+      self.capacity = capacity
 
   def keep(self, kept: Sequence[int]) -> None:
     """Lets go of all lines but these, in this order; they may repeat."""
