@@ -10,7 +10,6 @@ from textgen_jax.models import base
 from textgen_jax.sampling import decode
 
 MAX_CHUNK = 256  # prompt tokens read in one call
-MANY_LINES = 4
 
 
 class Reader:
@@ -53,11 +52,10 @@ class Reader:
       self._chunk = min(self._chunk, self.model.window)
     self._used = -(-longest // self._chunk) * self._chunk
     self._most = -(-(self._used + more + self._ahead) // 64) * 64
-    # Attention's cost follows the capacity, and each capacity is compiled, for a second or so: many lines are worth more of them.
-    least, enough = (64, 256) if len(contexts) >= MANY_LINES else (256, 512)
+    # Attention's cost follows the capacity, and each capacity is compiled, for a second or so: a short text has one.
     whole = self._bounded(self._most)
-    first = axes.power_of_two(self._used + segment + self._ahead, low=least)
-    self.capacity = whole if whole <= enough else min(first, whole)
+    first = axes.power_of_two(self._used + segment + self._ahead, low=128)
+    self.capacity = whole if whole <= 256 else min(first, whole)
     self.cache = decode.new_cache(self.model, self.params, len(contexts), self.capacity, self._ahead)
     # Lines end together, so that all rows write at one place from then on.
     tokens_BT = np.zeros((len(contexts), self._used), np.int32)
