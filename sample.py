@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # what takes seconds to import is imported where it is used, 
 
 
 def main(argv: Sequence[str]) -> int:
-  return command_line.run(_main, argv)
+  return command_line.run(_main, argv, 'a smaller batch_size, num_samples, num_beams or max_new_tokens takes less')
 
 
 def _define_flags() -> flags.FlagValues:
@@ -74,6 +74,9 @@ def _main(argv: Sequence[str]) -> None:
     raise errors.not_among('format', values.format, ('text', 'jsonl'))
   if not values.draft:
     _refuse_given(values, ['draft_tokens'], 'without --draft nothing is guessed')
+  for name in ('output', 'manifest', 'reproduce', 'prompts_file', 'draft'):
+    if values[name].present and not values[name].value:
+      raise errors.UserError(f'{name} is empty: name a file, or leave it out')
   for name in ('output', 'manifest'):
     if values[name].value:
       journal.check_new(name, values[name].value)

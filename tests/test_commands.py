@@ -150,3 +150,13 @@ def test_a_reader_that_leaves_early_gets_no_traceback(trained):
   result = subprocess.run(command, shell=True, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
   assert len(result.stdout) == 5
   assert 'Traceback' not in result.stderr
+
+
+@pytest.mark.parametrize('closed', ['>&-', '2>&-'])
+def test_a_closed_stream_is_no_error(trained, closed):
+  command = f'{sys.executable} sample.py --workdir={trained} --max_new_tokens=5 --prompt=the {closed}'
+  result = subprocess.run(command, shell=True, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
+  assert result.returncode == 0
+  assert 'Traceback' not in result.stderr
+  assert result.stdout.startswith('the') == (closed == '2>&-')
+  assert 'tokens' not in result.stdout  # what is told of the work

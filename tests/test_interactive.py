@@ -196,3 +196,15 @@ def test_signals_of_a_real_process(trained):
     assert b'stopped' in told
     assert b'temperature = 0.1' in told
     assert b'Traceback' not in told
+
+
+def test_a_text_that_does_not_fit_in_memory_ends_no_session():
+  class Large(Fake):
+    def stream(self, prompt, settings):
+      raise RuntimeError('RESOURCE_EXHAUSTED: out of memory allocating 99999999999 bytes')
+      yield
+
+  told = []
+  session = interactive.Session(Large(), SamplingParams(), lambda piece: None, told.append)
+  assert session.answer('a')
+  assert told == ['error: out of memory: a smaller max_new_tokens takes less']

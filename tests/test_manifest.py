@@ -285,6 +285,9 @@ def test_nothing_else_goes_with_reproduce(capsys, trained, made, flag):
     (['--manifest={new}', '--output={new}'], 'name two files'),
     (['--manifest={new}', '--stream'], '--stream'),
     (['--batch_size=0'], 'batch_size=0'),
+    (['--manifest={new}/'], 'is a directory'),
+    (['--manifest='], 'manifest is empty: name a file'),
+    (['--reproduce='], 'reproduce is empty: name a file'),
   ],
 )
 def test_wrong_flags(capsys, trained, tmp_path, flags, part):
@@ -292,3 +295,10 @@ def test_wrong_flags(capsys, trained, tmp_path, flags, part):
   assert sample.main(['sample.py', f'--workdir={trained}', *(flag.format(new=tmp_path / 'new') for flag in flags)]) == 2
   assert part in capsys.readouterr().err
   assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_without_texts(capsys, trained, made, tmp_path):
+  (tmp_path / 'head.jsonl').write_bytes(made.read_bytes().splitlines(keepends=True)[0])
+  code, _, err = reproduce(capsys, trained, tmp_path / 'head.jsonl')
+  assert code == 2
+  assert 'holds no text' in err

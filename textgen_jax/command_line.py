@@ -10,6 +10,7 @@ import pathlib
 import re
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,13 +26,20 @@ NAMES_NOTHING = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, 
 OUT_OF_MEMORY = re.compile('RESOURCE_EXHAUSTED|[Oo]ut of memory')  # how XLA's RuntimeErrors tell it
 
 
-def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
-  """Calls `main(argv)` and gives the exit code; a RunError becomes one line on stderr."""
+def run(
+  main: Callable[[Sequence[str]], None],
+  argv: Sequence[str],
+  smaller: str = 'a smaller model.dim, training.batch_size or training.sequence_length takes less',
+) -> int:
+  """Calls `main(argv)` and gives the exit code; a RunError becomes one line on stderr, which tells what is `smaller` where memory ends."""
   logging.set_verbosity(logging.ERROR)  # orbax tells at length what it does
+  warnings.filterwarnings('ignore', 'Possible (nested set|set )', FutureWarning)  # of a user's regular expression, with our source lines
+  for name in ('stdout', 'stderr'):
+    if getattr(sys, name) is None:  # closed by the caller, `>&-`: what would go there goes nowhere, and not to the other one
+      setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))  # noqa: SIM115
   try:
     main(argv)
-    if sys.stdout:  # closed by the caller: `>&-`
-      sys.stdout.flush()
+    sys.stdout.flush()
   except BrokenPipeError:  # a reader that has had enough, as `head` has
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
   except errors.RunError as error:
@@ -47,8 +55,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
       raise
     first = (str(error).splitlines() or ['MemoryError'])[0][:200]
-    hint = 'a smaller model.dim, training.batch_size or training.sequence_length takes less'
-    print(f'error: out of memory: {first}; {hint}', file=sys.stderr)
+    print(f'error: out of memory: {first}; {smaller}', file=sys.stderr)
     return errors.MachineFailed.exit_code
   return 0
 

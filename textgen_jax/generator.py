@@ -77,7 +77,7 @@ class Generator:
       journals hash a tree once.
     tokenizer: the one that the model was trained with.
     step: of its checkpoint; a manifest tells it.
-    draft: a smaller model of the same tokenizer that guesses ahead: it changes how long texts take, and not the texts.
+    draft: a smaller model of the same tokenizer that guesses ahead: other texts, distributed as without it.
     begins_document: prompts begin a document, whether settings say so or not.
 
   Attributes:

@@ -90,6 +90,11 @@ class Session:
     except errors.UserError as error:
       self._tell(f'error: {error}')
       return
+    except (MemoryError, RuntimeError) as error:
+      if not isinstance(error, MemoryError) and not command_line.OUT_OF_MEMORY.search(str(error)):
+        raise
+      self._tell('error: out of memory: a smaller max_new_tokens takes less')
+      return
     except KeyboardInterrupt:
       self._tell('\nstopped: an empty line goes on from here')
     self._write(shown + '\n')

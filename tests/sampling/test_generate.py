@@ -261,6 +261,31 @@ def test_no_prompts_no_completions():
   assert subject('lstm').generate([], []) == []
 
 
+@pytest.mark.parametrize('error', [None, KeyboardInterrupt, errors.NoGoodCheckpoint])
+def test_rows_in_threads_end_together(error, monkeypatch):
+  """As many rows as fill several threads give what one thread gives; what ends one of them ends all."""
+  one, settings = subject('rotary'), Settings(max_new_tokens=70, num_samples=2 * generate.ROWS_A_LANE, seed=2)
+  monkeypatch.setattr(generate.os, 'cpu_count', lambda: 1)
+  alone = one.generate(['abc'], settings)
+  monkeypatch.setattr(generate.os, 'cpu_count', lambda: 2)
+  draws, real = [], sampler.Sampler._draw
+
+  def draw(self, limit):
+    draws.append(self)
+    if error and len(draws) == 2:
+      raise error('here')
+    return real(self, limit)
+
+  monkeypatch.setattr(sampler.Sampler, '_draw', draw)
+  if error is None:
+    assert one.generate(['abc'], settings) == alone
+    assert len(set(map(id, draws))) == 2
+    return
+  with pytest.raises(error):
+    one.generate(['abc'], settings)
+  assert len(draws) < 2 * 3  # the other one didn't go on to its end
+
+
 def test_settings_must_be_one_for_each_prompt():
   with pytest.raises(errors.UserError, match='settings: there are 1 for 2 prompts'):
     subject('lstm').generate(['a', 'b'], [Settings()])

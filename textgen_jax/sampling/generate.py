@@ -96,7 +96,7 @@ def complete(
     made |= dict(zip(chosen, _search(model, params, tokenizer, batch.select(chosen), transforms), strict=True))
   owners = [(p, i) for p, one in enumerate(batch.settings) if p not in made for i in range(one.rows())]
   uses = knobs_lib.Uses.of([batch.settings[p] for p, _ in owners], batch.vocab, transforms)
-  lanes = _lanes(model, len(owners))
+  lanes = _lanes(model, params, len(owners))
   parts = [owners[lane::lanes] for lane in range(lanes)]
   drawn = [
     _Rows(model, params, tokenizer, batch.select([p for p, _ in part]), [i for _, i in part], transforms, draft, uses) for part in parts
@@ -108,13 +108,15 @@ def complete(
   return [_best(made[p], settings) for p, settings in enumerate(batch.settings)]
 
 
-def _lanes(model: base.LanguageModel, rows: int) -> int:
+def _lanes(model: base.LanguageModel, params: Any, rows: int) -> int:
   """In how many threads rows are drawn.
 
   On CPU one core reads a batch's keys and values, and the others wait: with two threads on two cores 16 rows of a small GPT-2 took 0.59
-  of the time. An LSTM has none, and its products take all cores: there two threads took 1.06.
+  of the time. An LSTM has none, and its products take all cores: there two threads took 1.06. Programs over several devices wait for each
+  other's collectives, and would wait for ever in two threads.
   """
-  if jax.default_backend() != 'cpu' or model.window is None:
+  devices = {device for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for device in leaf.devices()}
+  if jax.default_backend() != 'cpu' or model.window is None or len(devices) > 1:
     return 1
   return max(1, min(os.cpu_count() or 1, rows // ROWS_A_LANE, MAX_LANES))
 

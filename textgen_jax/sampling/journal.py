@@ -42,10 +42,12 @@ def check_new(field: str, path: str | os.PathLike) -> None:
   name, where = f'{field}={str(path)!r}', pathlib.Path(path)
   if not where.absolute().parent.is_dir():
     raise errors.UserError(f'{name}: its directory does not exist')
-  if where.is_dir():
+  if where.is_dir() or str(path).endswith('/'):
     raise errors.UserError(f'{name} is a directory')
   if os.path.lexists(where):
     raise errors.UserError(f'{name} exists: name a new file')
+  if not os.access(where.absolute().parent, os.W_OK):
+    raise errors.UserError(f"{name}: its directory can't be written to")
 
 
 def write_new(field: str, path: str | os.PathLike, lines: Iterable[str]) -> None:

@@ -71,7 +71,8 @@ def versions() -> dict[str, str]:
 
 
 def device() -> dict[str, Any]:
-  return {'kind': jax.devices()[0].device_kind, 'count': jax.device_count()}
+  # Rows are drawn in a thread a core, and logits are rounded by how many rows there are.
+  return {'kind': jax.devices()[0].device_kind, 'count': jax.device_count(), 'cores': os.cpu_count()}
 
 
 def lines(header: dict[str, Any], rows: Sequence[dict[str, Any]], settings: Sequence[SamplingParams]) -> list[str]:
@@ -159,6 +160,8 @@ def read(path: str | os.PathLike) -> Manifest:
       each = [settings_from_json(content, f'{name}, settings {i}') for i, content in enumerate(header['settings'])]
   if not found:
     raise errors.UserError(f'{name} is empty, and no manifest')
+  if len(found) == 1:
+    raise errors.UserError(f'{name} holds no text')
   prompts, settings = _prompts([row for _, row in found[1:]], each, name)
   return Manifest(str(path), header, prompts, settings, [text + '\n' for text, _ in found])
 

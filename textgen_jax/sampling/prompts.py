@@ -45,6 +45,6 @@ def read(path: pathlib.Path) -> list[str]:
       except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise errors.UserError(f'prompts_file={str(path)!r}, line {number}: not {{"prompt": ...}}') from error
       if not isinstance(prompt, str):
-        raise errors.UserError(f'prompts_file={str(path)!r}, line {number}: prompt={prompt!r} is not a string')
+        raise errors.UserError(f'prompts_file={str(path)!r}, line {number}: prompt={prompt!r:.60} is not a string')
       prompts.append(prompt)
   return prompts
