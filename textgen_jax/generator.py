@@ -193,7 +193,6 @@ class Generator:
 
   def stream(self, prompt: str, settings: SamplingParams = DEFAULTS, *, transforms: Sequence[knobs.Transform] = ()) -> Iterator[str]:
     """One text in pieces, as they are made; never half a character. Checked when called, made when iterated."""
-    _check_text(prompt)
     (resolved,) = self._resolve([prompt], settings)
     return generate.stream(self.model, self.params, self.tokenizer, prompt, resolved, transforms, self.draft)
 
@@ -244,8 +243,6 @@ class Generator:
   def _resolve(self, prompts: Sequence[Any], settings: Settings) -> list[SamplingParams]:
     """Settings, one a prompt, as they are meant here."""
     each = [settings] * len(prompts) if isinstance(settings, SamplingParams) else list(settings)
-    if len(each) != len(prompts):
-      raise errors.UserError(f'settings: there are {len(each)} for {len(prompts)} prompts: give one, or one a prompt')
     return [dataclasses.replace(one, begins_document=True) for one in each] if self.begins_document else each
 
   def _plan(
@@ -265,8 +262,6 @@ class Generator:
       of, batch = self._prepared
       if all(map(operator.is_, of, source)) and (batch.prompts, batch.settings) == (prompts, list(each)):
         return batch._replace(settings=list(each))  # 1 equals 1.0, and a manifest writes them differently
-    for prompt in prompts:
-      _check_text(prompt)
     batch = batch_lib.prepare(self.model, self.params, self.tokenizer, prompts, each, self.draft)
     self._prepared = source, batch
     return batch
@@ -325,11 +320,3 @@ class Generator:
 
 def _sha256(value: Any) -> str:
   return hashlib.sha256(journal.line(value).encode('utf-8', 'surrogatepass')).hexdigest()
-
-
-def _check_text(prompt: str) -> None:
-  if not isinstance(prompt, str):
-    raise errors.UserError(f'prompt {prompt!r:.60} is not a text')
-  at = text_base.first_surrogate(prompt)
-  if at >= 0:
-    raise errors.UserError(f'prompt {prompt!r:.60}: {prompt[at]!r} at offset {at} is not UTF-8 text')
