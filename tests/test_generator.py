@@ -116,7 +116,7 @@ def test_any_model_of_the_contract(tmp_path):
 
 
 def test_texts_that_were_kept_are_what_was_made(batches, tmp_path):
-  settings = SamplingParams(max_new_tokens=2, alternatives=2, best_of=2)
+  settings = SamplingParams(max_new_tokens=2, log_probs=True, alternatives=2, best_of=2)
   ask = {'prompts': ['b', 'd'], 'settings': settings, 'batch_size': 2, 'transforms': [skip]}
   made = counting().generate(**ask)
   assert [(one.text, one.log_probs, one.alternatives[0][1][1], one.score) for one in made] == [
