@@ -13,6 +13,7 @@ from textgen_jax.models import build, lstm, transformer
 from textgen_jax.sampling import batch, decode, generate, params, reader, sampler
 from textgen_jax.sampling import history as history_lib
 from textgen_jax.sampling import knobs as knobs_lib
+from textgen_jax.sampling import rows as rows_lib
 from textgen_jax.text import base, byte, char, word
 
 SEGMENT = sampler.SEGMENT
@@ -47,7 +48,7 @@ class Subject:
     hidden_BTD, _ = self.model.apply({'params': params}, tokens_BT)
     logits_BTV = self.model.apply({'params': params}, hidden_BTD, method='unembed')
     adjusted_BV = decode.adjust(logits_BTV[:, last], history_lib.History(position_B), knobs, uses, None)
-    return decode.next_token(adjusted_BV, decode.uniforms(knobs.key_B, position_B, 1)[:, 0], knobs, uses)[0]
+    return decode.next_token(adjusted_BV, rows_lib.uniforms(knobs.key_B, position_B, 1)[:, 0], knobs, uses)[0]
 
   def generate(self, *args):
     return generate.generate(self.model, self.params, TOKENIZER, *args)
@@ -56,7 +57,7 @@ class Subject:
     """Ids by a full forward pass a token; learned positions read the last 3/4 of the context anew where it is full."""
     history, start = batch.prompt_ids(TOKENIZER, prompt), 0
     prompt_hash = np.frombuffer(hashlib.sha256(np.array(history, '<u4').tobytes()).digest()[:4], '<u4')
-    keys = np.asarray(decode.row_keys(np.array([settings.seed], np.uint32), prompt_hash, np.array([sample], np.uint32)))
+    keys = np.asarray(rows_lib.row_keys(np.array([settings.seed], np.uint32), prompt_hash, np.array([sample], np.uint32)))
     vocab = batch.vocab_of(self.model, self.params, TOKENIZER)
     uses = knobs_lib.Uses.of([settings], vocab)
     knobs = knobs_lib.Knobs.of([settings], keys, uses, vocab)

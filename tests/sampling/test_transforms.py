@@ -8,6 +8,7 @@ import pytest
 
 from textgen_jax.sampling import decode, history, params, transforms
 from textgen_jax.sampling import knobs as knobs_lib
+from textgen_jax.sampling import rows as rows_lib
 
 # A chi-square variable exceeds these once in a thousand times.
 CHI_SQUARE_LIMIT = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 24: 51.18}
@@ -18,7 +19,7 @@ top_k, top_p, min_p, draw = map(jax.jit, (transforms.top_k, transforms.top_p, tr
 @functools.partial(jax.jit, static_argnames='uses')
 def _next_token(logits_BV, position_B, knobs, uses):
   adjusted_BV = decode.adjust(logits_BV, history.History(position_B), knobs, uses, None)
-  return decode.next_token(adjusted_BV, decode.uniforms(knobs.key_B, position_B, 1)[:, 0], knobs, uses)[0]
+  return decode.next_token(adjusted_BV, rows_lib.uniforms(knobs.key_B, position_B, 1)[:, 0], knobs, uses)[0]
 
 
 def next_token(logits_BV, position_B, rows, keys):
@@ -179,7 +180,7 @@ def test_draw_inverts_the_cumulative_probability():
 def hundred_thousand_draws(logits_V, settings):
   """Tokens that 1000 samples of one prompt have at positions 0..99, [B, T]."""
   rows = 1000
-  keys = np.asarray(decode.row_keys(*np.array([(settings.seed, 12345, sample) for sample in range(rows)], np.uint32).T))
+  keys = np.asarray(rows_lib.row_keys(*np.array([(settings.seed, 12345, sample) for sample in range(rows)], np.uint32).T))
   logits_BV = np.tile(logits_V, (rows, 1))
   return np.stack([next_token(logits_BV, np.full(rows, position, np.int32), [settings] * rows, keys) for position in range(100)], axis=1)
 
@@ -231,7 +232,7 @@ def test_draws_follow_the_renormalised_rest(settings, allowed):
 
 
 def keys_of(rows):
-  return np.asarray(decode.row_keys(*np.array([(seed, 0, 0) for seed in range(rows)], np.uint32).T))
+  return np.asarray(rows_lib.row_keys(*np.array([(seed, 0, 0) for seed in range(rows)], np.uint32).T))
 
 
 def test_temperature_0_is_argmax_whatever_else_is_set():
@@ -274,9 +275,9 @@ def test_a_setting_that_is_off_changes_nothing_beside_rows_that_use_it():
 
 def test_keys_differ_by_seed_prompt_and_sample():
   ingredients = np.array([(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (2**32 - 1, 2**32 - 1, 9)], np.uint32)
-  keys = np.asarray(decode.row_keys(*ingredients.T))
+  keys = np.asarray(rows_lib.row_keys(*ingredients.T))
   assert len({tuple(key) for key in keys.tolist()}) == len(ingredients)
-  assert (np.asarray(decode.row_keys(*ingredients[::-1].T)) == keys[::-1]).all()
+  assert (np.asarray(rows_lib.row_keys(*ingredients[::-1].T)) == keys[::-1]).all()
 
 
 ROWS, SIZE, CAPACITY = 1000, 23, 20

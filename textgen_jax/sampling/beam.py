@@ -17,6 +17,7 @@ from textgen_jax.models import base
 from textgen_jax.sampling import constraint, decode, reader
 from textgen_jax.sampling import knobs as knobs_lib
 from textgen_jax.sampling import params as params_lib
+from textgen_jax.sampling import rows as rows_lib
 
 SEGMENT = 32  # tokens between two looks at the host
 DEAD = -jnp.inf  # the log-probability of a beam that isn't there
@@ -25,18 +26,18 @@ DEAD = -jnp.inf  # the log-probability of a beam that isn't there
 class Beams(NamedTuple):
   """K live beams of each of B prompts, in N = B K lines, and the best K that have ended; every leaf leads with B or N."""
 
-  rows: decode.Rows  # of the live ones; `log_prob_B` is what they are ranked by
-  trace: decode.Trace  # [N, L]
-  ended: decode.Trace  # [N, L]
+  rows: rows_lib.Rows  # of the live ones; `log_prob_B` is what they are ranked by
+  trace: rows_lib.Trace  # [N, L]
+  ended: rows_lib.Trace  # [N, L]
   length_BK: jax.Array  # tokens of those that have ended
   score_BK: jax.Array  # theirs, the best first; DEAD: there is none yet
   finished_B: jax.Array  # no live beam can end up among the best K
 
 
 class Hypothesis(NamedTuple):
-  """A text that ended, with the trace of its tokens (`decode.Trace`, [1, T]) and its score."""
+  """A text that ended, with the trace of its tokens (`rows_lib.Trace`, [1, T]) and its score."""
 
-  trace: decode.Trace
+  trace: rows_lib.Trace
   score: float
 
 
@@ -63,14 +64,14 @@ def search(
   begun = [list(prompts[b]) for b in owners]
   others = [list(negatives[b]) for b in owners] if negatives is not None and uses.guidance else []
   read = reader.Reader(model, params, begun + others)
-  table = None if table is None else decode.beside(params, table)
+  table = None if table is None else rows_lib.beside(params, table)
   each = [settings[b] for b in owners]
   keys = np.zeros((len(owners), 2), np.uint32)  # nothing is drawn
-  rows = decode.first_rows(
+  rows = rows_lib.first_rows(
     params, begun, [line[-1] for line in others], each, keys, uses, vocab, [states[b] for b in owners] if uses.constraint else []
   )
   done, longest = 0, max(one.max_new_tokens for one in settings)
-  beams = decode.beside(params, _begin(rows, size, longest, uses))
+  beams = rows_lib.beside(params, _begin(rows, size, longest, uses))
   penalty_B = np.array([one.length_penalty for one in settings], np.float32)
   while done < longest and not np.asarray(beams.finished_B).all():
     if read.cache is None or read.room() == 0:
@@ -87,10 +88,10 @@ def search(
   return _hypotheses(jax.device_get(beams), size)
 
 
-def _begin(rows: decode.Rows, size: int, longest: int, uses: knobs_lib.Uses) -> Beams:
+def _begin(rows: rows_lib.Rows, size: int, longest: int, uses: knobs_lib.Uses) -> Beams:
   """One live beam a prompt, without a token."""
   lines = rows.token_B.shape[0]
-  blank = decode.new_trace(lines, axes.power_of_two(longest, low=32), uses)
+  blank = rows_lib.new_trace(lines, axes.power_of_two(longest, low=32), uses)
   trace, ended = jax.tree.map(jnp.copy, (blank, blank))  # a buffer each: one can't be donated twice
   first_N = jnp.where(jnp.arange(lines) % size == 0, 0.0, DEAD)
   rows, shape = rows._replace(log_prob_B=first_N), (lines // size, size)
@@ -159,9 +160,9 @@ def step(
     total_BK, place_BK = jax.lax.top_k(total_NV.reshape(batch, size * vocab), size)
     return total_BK, (place_BK // vocab + jnp.arange(batch)[:, None] * size).reshape(-1), (place_BK % vocab).reshape(-1)
 
-  def longer(parent_N: jax.Array, token_N: jax.Array) -> decode.Trace:
-    seen = decode.observe(token_N, logits_NV[parent_N], None, rows.knobs, uses)
-    return decode.write(jax.tree.map(lambda leaf: leaf[parent_N], trace), seen, i)
+  def longer(parent_N: jax.Array, token_N: jax.Array) -> rows_lib.Trace:
+    seen = rows_lib.observe(token_N, logits_NV[parent_N], None, rows.knobs, uses)
+    return rows_lib.write(jax.tree.map(lambda leaf: leaf[parent_N], trace), seen, i)
 
   ended_BK, parent_N, token_N = best(jnp.where(last_NV, total_NV, DEAD))
   score_BK = ended_BK / (i + 1).astype(jnp.float32) ** penalty_B[:, None]
@@ -170,7 +171,7 @@ def step(
   rows = rows._replace(
     token_B=token_N,
     negative_token_B=None if rows.negative_token_B is None else token_N,
-    history=decode.follow(jax.tree.map(lambda leaf: leaf[parent_N], rows.history), token_N, uses, table),
+    history=rows_lib.follow(jax.tree.map(lambda leaf: leaf[parent_N], rows.history), token_N, uses, table),
     log_prob_B=live_BK.reshape(-1),
   )
   # Log-probability only falls: a live beam scores best where it ends with its next token, or at the limit if length is rewarded.
@@ -180,7 +181,7 @@ def step(
   return beams._replace(rows=rows, trace=longer(parent_N, token_N), finished_B=finished_B), parent_N
 
 
-def _enter(beams: Beams, score_BK: jax.Array, trace: decode.Trace, length: jax.Array) -> Beams:
+def _enter(beams: Beams, score_BK: jax.Array, trace: rows_lib.Trace, length: jax.Array) -> Beams:
   """Keeps the best K of those that had ended and those that now do; nothing changes where a search is finished."""
   batch, size = score_BK.shape
   score_BK = jnp.where(beams.finished_B[:, None], DEAD, score_BK)

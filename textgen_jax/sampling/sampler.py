@@ -15,6 +15,7 @@ from textgen_jax import axes
 from textgen_jax.models import base
 from textgen_jax.sampling import constraint, decode, reader, speculative
 from textgen_jax.sampling import knobs as knobs_lib
+from textgen_jax.sampling import rows as rows_lib
 from textgen_jax.sampling.params import SamplingParams
 
 SEGMENT = 32  # tokens between two looks at the host; the looks cost 4-5% of the time
@@ -78,11 +79,11 @@ class Sampler:
       _Row(one, list(prompt), None if other is None else list(other), done=one.max_new_tokens == 0)
       for prompt, other, one in zip(prompts, others, settings, strict=True)
     ]
-    self._keys = decode.keys_of(prompts, settings, sample_indices)
-    self._table = None if table is None else decode.beside(params, table)  # once: it may be large
+    self._keys = rows_lib.keys_of(prompts, settings, sample_indices)
+    self._table = None if table is None else rows_lib.beside(params, table)  # once: it may be large
     self._states = list(states)
     self._readers: list[reader.Reader] = []  # the model's, and the draft's
-    self._state: Any = None  # decode.Rows
+    self._state: Any = None  # rows_lib.Rows
     self._batch: list[int] = []  # which row each line of the state belongs to
     self.rounds = 0
 
@@ -119,16 +120,16 @@ class Sampler:
     models = [(self._model, self._params), (self._draft.model, self._draft.params)]
     return [reader.Reader(*one, lines, self._draft.tokens + 1) for one in models]
 
-  def _first_state(self) -> decode.Rows:
+  def _first_state(self) -> rows_lib.Rows:
     settings, uses = [self._rows[i].params for i in self._batch], self._uses
     states = [self._states[i] for i in self._batch] if uses.constraint else []
     lines = [self._rows[i].line for i in self._batch]
     negatives = [line[-1] for i in self._batch if (line := self._rows[i].negative) is not None]
-    return decode.first_rows(self._params, lines, negatives, settings, self._keys[self._batch], uses, self._vocab, states)
+    return rows_lib.first_rows(self._params, lines, negatives, settings, self._keys[self._batch], uses, self._vocab, states)
 
   def _draw(self, limit: int) -> dict[int, 'Segment']:
     rows = [self._rows[i] for i in self._batch]
-    self._state = self._state._replace(done_B=decode.beside(self._params, np.array([row.done for row in rows])))
+    self._state = self._state._replace(done_B=rows_lib.beside(self._params, np.array([row.done for row in rows])))
     trace, sound_B = self._decode(limit)
     trace, drawn_B, done_B, sound_B = jax.device_get((trace, self._state.history.drawn_B, self._state.done_B, sound_B))
     decode.refuse_unsound(sound_B, self._uses)
@@ -144,7 +145,7 @@ class Sampler:
       row.drawn, row.done = int(drawn_B[b]), bool(done_B[b])
     return news
 
-  def _decode(self, limit: int) -> tuple[decode.Trace, jax.Array]:
+  def _decode(self, limit: int) -> tuple[rows_lib.Trace, jax.Array]:
     """One segment on the devices, as far as the models' contexts reach."""
     rooms = [room for one in self._readers if (room := one.room()) is not None]
     # A row that has its share reads a whole round on, to take it back. Where that doesn't fit, what is left of a context is drawn
@@ -158,7 +159,7 @@ class Sampler:
     with decode.compile_once(self._model, self._uses, len(self._batch), ahead, *capacities):
       return self._dispatch(limit, ahead)
 
-  def _dispatch(self, most: int, ahead: int) -> tuple[decode.Trace, jax.Array]:
+  def _dispatch(self, most: int, ahead: int) -> tuple[rows_lib.Trace, jax.Array]:
     limit: Any = np.int32(most)
     own = self._readers[0]
     if self._draft is None:
@@ -208,7 +209,7 @@ class Segment:
   others: list[list[tuple[int, float]]]
 
   @classmethod
-  def of(cls, trace: decode.Trace, row: int, count: int) -> 'Segment':
+  def of(cls, trace: rows_lib.Trace, row: int, count: int) -> 'Segment':
     def part(x: Any) -> list[Any]:
       return [] if x is None else x[row, :count].tolist()
 

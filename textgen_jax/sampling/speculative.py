@@ -20,6 +20,7 @@ from textgen_jax.models import base
 from textgen_jax.sampling import decode as decode_lib
 from textgen_jax.sampling import knobs as knobs_lib
 from textgen_jax.sampling import params as params_lib
+from textgen_jax.sampling import rows as rows_lib
 from textgen_jax.sampling import transforms
 
 ROLES = (2**32 - 1, 2**32 - 2)  # no place has these numbers
@@ -48,7 +49,7 @@ class Chances(NamedTuple):
 def throw(key_B: jax.Array, position_B: jax.Array, size: int) -> Chances:
   """The numbers of `size` places from each row's position on."""
   roles = [key_B, *(jax.vmap(lambda key, role=role: jax.random.fold_in(key, role))(key_B) for role in ROLES)]
-  return Chances(*(decode_lib.uniforms(key_B, position_B, size) for key_B in roles))
+  return Chances(*(rows_lib.uniforms(key_B, position_B, size) for key_B in roles))
 
 
 class Caches(NamedTuple):
@@ -65,14 +66,14 @@ def decode(
   draft_model: base.LanguageModel,
   draft_params: Any,
   caches: Caches,
-  rows: decode_lib.Rows,
+  rows: rows_lib.Rows,
   table: Any,
   limit: jax.Array,
   *,
   uses: knobs_lib.Uses,
   size: int,
   ahead: int,
-) -> tuple[Caches, decode_lib.Rows, decode_lib.Trace, jax.Array, jax.Array]:
+) -> tuple[Caches, rows_lib.Rows, rows_lib.Trace, jax.Array, jax.Array]:
   """As `decode.decode`, in rounds of `ahead` guesses and one call of the model.
 
   Args:
@@ -95,7 +96,7 @@ def decode(
   batch = rows.token_B.shape[0]
   chances = throw(rows.knobs.key_B, rows.history.drawn_B, size + ahead + 1)
 
-  def one(caches: Caches, row: decode_lib.Rows, trace: decode_lib.Trace, made: jax.Array, sound: jax.Array, chances: Chances) -> Any:
+  def one(caches: Caches, row: rows_lib.Rows, trace: rows_lib.Trace, made: jax.Array, sound: jax.Array, chances: Chances) -> Any:
     caches, row = jax.tree.map(lambda leaf: leaf[None], (caches, row))
     chances = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, made, ahead + 1), chances)
     models = model, params, draft_model, draft_params
@@ -113,7 +114,7 @@ def decode(
     return (~carry[1].done_B & (carry[3] < limit)).any()
 
   none_B = jnp.zeros((batch,), jnp.int32)
-  trace = decode_lib.new_trace(batch, size + ahead + 1, uses)
+  trace = rows_lib.new_trace(batch, size + ahead + 1, uses)
   caches, rows, trace, _, sound_B, rounds_B = jax.lax.while_loop(
     unfinished, body, (caches, rows, trace, none_B, jnp.ones((batch,), bool), none_B)
   )
@@ -126,12 +127,12 @@ def play_round(
   draft_model: base.LanguageModel,
   draft_params: Any,
   caches: Caches,
-  row: decode_lib.Rows,
+  row: rows_lib.Rows,
   table: Any,
   chances: Chances,
   room: jax.Array,
   uses: knobs_lib.Uses,
-) -> tuple[Caches, decode_lib.Rows, decode_lib.Trace, jax.Array, jax.Array]:
+) -> tuple[Caches, rows_lib.Rows, rows_lib.Trace, jax.Array, jax.Array]:
   """One row's guesses, and what the model makes of them; B is 1, T the guesses and one.
 
   Returns:
@@ -145,7 +146,7 @@ def play_round(
     logits_BV = draft_model.apply({'params': draft_params}, hidden_BTD, method='unembed')[:, 0]
     adjusted_BV = decode_lib.adjust(_widen(logits_BV, row.knobs.ends_BV.shape[1]), history, row.knobs, uses, table)
     token_B, narrowed_BV = decode_lib.next_token(adjusted_BV, uniform[None], row.knobs, uses)
-    return (token_B, cache, decode_lib.follow(history, token_B, uses, table)), (token_B, narrowed_BV, history)
+    return (token_B, cache, rows_lib.follow(history, token_B, uses, table)), (token_B, narrowed_BV, history)
 
   first = row.token_B, caches.draft, row.history
   (last_B, draft_cache, history), (guess_TB, guessed_TBV, history_TB) = jax.lax.scan(guess, first, chances.draw[:-1])
@@ -164,13 +165,13 @@ def play_round(
     right = jnp.where(drawn, held, right)
     token_T = token_T.at[:-1].set(jnp.where(drawn, instead_T, token_T[:-1]))
   token_T = token_T.at[:-1].set(jnp.where(jnp.arange(token_T.size - 1) < right, guess_TB[:, 0], token_T[:-1]))
-  seen = decode_lib.observe(token_T, logits_TV, narrowed_TV, knobs_T, uses)
+  seen = rows_lib.observe(token_T, logits_TV, narrowed_TV, knobs_T, uses)
 
-  def take(row: decode_lib.Rows, step: Any) -> Any:
+  def take(row: rows_lib.Rows, step: Any) -> Any:
     i, seen = step
     log_prob_B = None if seen.log_prob is None else seen.log_prob[None]
     on = (i <= right) & (i < room) & ~row.done_B[0]
-    longer = decode_lib.advance(row, seen.token[None], log_prob_B, uses, table)
+    longer = rows_lib.advance(row, seen.token[None], log_prob_B, uses, table)
     return jax.tree.map(functools.partial(jnp.where, on), longer, row), on
 
   row, taken_T = jax.lax.scan(take, row, (jnp.arange(token_T.size), seen))
