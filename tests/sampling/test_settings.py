@@ -88,7 +88,7 @@ def test_ragged_prompts_at_any_batch_size_in_any_order(name):
   order = rng.permutation(64)
   shuffled = write(name, [prompts[i] for i in order], settings)
   assert shuffled == [together[i] for i in order]
-  for i in order[:16]:
+  for i in order:
     assert write(name, [prompts[i]], settings) == [together[i]]
 
 
