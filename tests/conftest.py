@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import pytest
 
 import train
@@ -37,6 +38,13 @@ def text_file(tmp_path_factory):
   path = tmp_path_factory.mktemp('text') / 'tale.txt'
   path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
   return path
+
+
+@pytest.fixture(scope='module', autouse=True)
+def let_go_of_what_was_compiled():
+  """Each program takes memory maps, of which a process may have 65,530: the whole suite's don't fit."""
+  yield
+  jax.clear_caches()
 
 
 def train_argv(workdir, text_file, *more, config='debug'):

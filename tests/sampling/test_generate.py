@@ -320,11 +320,11 @@ def test_an_unknown_character_is_an_error():
 def test_turning_a_knob_compiles_nothing(name, settings, changes):
   one = subject(name)
   one.generate(PROMPTS, settings)
-  before = decode.compiled()._cache_size(), decode.prefill._cache_size()
+  before = decode.decode._cache_size(), decode.prefill._cache_size()
   for change in changes:
     one.generate(PROMPTS, dataclasses.replace(settings, **change))
   one.generate(PROMPTS, [settings, dataclasses.replace(settings, temperature=0), settings])
-  assert (decode.compiled()._cache_size(), decode.prefill._cache_size()) == before
+  assert (decode.decode._cache_size(), decode.prefill._cache_size()) == before
 
 
 class Successor:

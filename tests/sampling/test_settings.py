@@ -68,9 +68,9 @@ def many_settings():
 def test_forty_settings_in_one_batch_are_one_compile_and_each_row_is_its_own(name):
   rows = many_settings()
   prompts = ['abc'[: 1 + i % 3] + 'hide 3'[i % 6 :] for i in range(40)]
-  before = decode.compiled()._cache_size()
+  before = decode.decode._cache_size()
   together = write(name, prompts, rows)
-  assert decode.compiled()._cache_size() == before + 1
+  assert decode.decode._cache_size() == before + 1
   assert len({tuple(completion.tokens) for completion in together}) > 30
   for i in range(40):  # sixteen kinds of settings: each compiles another program
     assert write(name, prompts[i : i + 1], rows[i]) == together[i : i + 1]

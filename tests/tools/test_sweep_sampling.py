@@ -26,10 +26,10 @@ def run(*arguments):
 def swept(trained, tmp_path_factory):
   """What a small run wrote, and how many loops it compiled."""
   output = tmp_path_factory.mktemp('sweep') / 'new' / 'folder'
-  before = decode.compiled()._cache_size()
+  before = decode.decode._cache_size()
   grid = ['--temperature=0', '--temperature=0.5', '--temperature=1', '--temperature=2', '--temperature=1', '--top_p=0.5', '--top_p=1']
   assert run(f'--workdir={trained}', f'--output={output}', '--checkpoint=latest', *SMALL, *grid) == 0
-  return output, decode.compiled()._cache_size() - before
+  return output, decode.decode._cache_size() - before
 
 
 def rows_of(output):
@@ -41,9 +41,9 @@ def test_all_settings_are_drawn_in_one_compile(swept, trained, tmp_path):
   assert compiled == 1
   assert list(rows_of(output)) == ['T=0', 'T=0.5', 'T=1', 'T=2', 'top-p=0.5', 'train', 'val']  # top-p=1 and the second 1 are T=1
   others = ['--temperature=0', '--temperature=0.1', '--temperature=0.7', '--temperature=1.3', '--top_p=0.9']
-  before = decode.compiled()._cache_size()
+  before = decode.decode._cache_size()
   assert run(f'--workdir={trained}', f'--output={tmp_path}', '--seed=5', *SMALL, *others) == 0
-  assert decode.compiled()._cache_size() == before
+  assert decode.decode._cache_size() == before
 
 
 def test_each_row_is_what_its_settings_draw_after_each_prompt(swept, trained):

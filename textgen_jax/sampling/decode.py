@@ -71,7 +71,12 @@ def next_token(adjusted_BV: jax.Array, uniform_B: Any, knobs: knobs_lib.Knobs, u
 
 def new_cache(model: base.LanguageModel, params: Any, rows: int, length: int, rewinds: int = 0) -> Any:
   """An empty cache on the devices that hold the parameters, where later ones come from: else each call compiles twice."""
-  return rows_lib.beside(params, model.init_cache(rows, length, rewinds))
+  return rows_lib.beside(params, _init_cache(model, rows, length, rewinds))
+
+
+# Compiled, for else each of their many arrays is a program of its own: of 16 rows 2,229 microseconds for 832.
+_init_cache = jax.jit(lambda model, *sizes: model.init_cache(*sizes), static_argnums=(0, 1, 2, 3))
+grow_cache = jax.jit(lambda model, cache, length: model.grow_cache(cache, length), static_argnums=(0, 2))
 
 
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='cache')
@@ -87,6 +92,7 @@ def step_model(model: base.LanguageModel, params: Any, rows: rows_lib.Rows, cach
   return model.apply({'params': params}, hidden_BTD, method='unembed')[:, 0], cache
 
 
+@functools.partial(jax.jit, static_argnames=('model', 'uses', 'size'), donate_argnames=('cache', 'rows'))
 def decode(
   model: base.LanguageModel, params: Any, cache: Any, rows: rows_lib.Rows, table: Any, limit: jax.Array, *, uses: knobs_lib.Uses, size: int
 ) -> tuple[Any, rows_lib.Rows, rows_lib.Trace, jax.Array]:
@@ -107,30 +113,6 @@ def decode(
     that count are `history.drawn_B`'s gain (a row that is done draws on, and nobody looks);
     and whether every logit's row was sound, bool [B].
   """
-  return compiled()(model, params, cache, rows, table, limit, uses=uses, size=size)
-
-
-@functools.cache
-def compiled() -> Any:
-  """`decode` for this process's backend."""
-  return jax.jit(_decode, static_argnames=('model', 'uses', 'size'), donate_argnames=('cache', 'rows'), compiler_options=_options())
-
-
-def _options() -> dict[str, bool]:
-  """With it XLA's CPU backend copies the cache of a lone row less often: 264 microseconds a token for 352 (4 layers, 320 slots)."""
-  options = {'xla_cpu_copy_insertion_use_region_analysis': True}
-  if jax.default_backend() != 'cpu':
-    return {}
-  try:
-    jax.jit(lambda x: x, compiler_options=options)(0)
-  except RuntimeError:  # an XLA that doesn't know it
-    return {}
-  return options
-
-
-def _decode(
-  model: base.LanguageModel, params: Any, cache: Any, rows: rows_lib.Rows, table: Any, limit: jax.Array, *, uses: knobs_lib.Uses, size: int
-) -> tuple[Any, rows_lib.Rows, rows_lib.Trace, jax.Array]:
   before_B = rows.history.drawn_B
   uniform_BT = rows_lib.uniforms(rows.knobs.key_B, before_B, size) if uses.draw else None
 

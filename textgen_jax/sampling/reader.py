@@ -74,7 +74,7 @@ class Reader:
     needed = min(axes.power_of_two(self._used + self._ahead, low=64), self._most)
     capacity = self._bounded(max(self.capacity, needed))
     if capacity > self.capacity:
-      self.cache = self.model.grow_cache(self.cache, capacity)
+      self.cache = decode.grow_cache(self.model, self.cache, capacity)
       self.capacity = capacity
 
   def keep(self, kept: Sequence[int]) -> None:

@@ -19,9 +19,10 @@ from textgen_jax.sampling import rows as rows_lib
 from textgen_jax.sampling.params import SamplingParams
 
 SEGMENT = 32  # tokens between two looks at the host; the looks cost 4-5% of the time
-# XLA's CPU backend copies parts of a lone row's cache with each token. Past so many slots two lines of one row take less time: of 1,024
-# slots 598 microseconds for 781, of 320 332 for 264 (4 layers, 128 wide).
-LONE = 512
+# XLA's CPU backend copies a lone row's cache with each token. Past so many slots two lines of one row take less time: of 1,024 slots 598
+# microseconds for 1,053, of 128 256 for 230 (4 layers, 128 wide). Its option xla_cpu_copy_insertion_use_region_analysis copies less, and
+# draws wrong tokens: with no_repeat_ngram the history is overwritten.
+LONE = 320
 
 
 @dataclasses.dataclass
