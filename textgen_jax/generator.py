@@ -255,12 +255,10 @@ class Generator:
 
   def _prepare(self, prompts: Sequence[str], each: Sequence[SamplingParams]) -> batch_lib.Batch:
     """Prompts and settings, checked. Those of the last call are kept: `longest` and then `generate` ask for the same."""
-    if isinstance(prompts, str):
-      raise errors.UserError(f'prompts={prompts!r:.60} is one text: give a list')
-    source, prompts = self._source(), list(prompts)
+    source = self._source()
     if self._prepared is not None:
       of, batch = self._prepared
-      if all(map(operator.is_, of, source)) and (batch.prompts, batch.settings) == (prompts, list(each)):
+      if all(map(operator.is_, of, source)) and (batch.prompts, batch.settings) == (list(prompts), list(each)):
         return batch._replace(settings=list(each))  # 1 equals 1.0, and a manifest writes them differently
     batch = batch_lib.prepare(self.model, self.params, self.tokenizer, prompts, each, self.draft)
     self._prepared = source, batch

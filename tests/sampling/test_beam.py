@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from sampling import test_settings
 
 from textgen_jax import errors
@@ -29,10 +28,7 @@ families = pytest.mark.parametrize('name', CONFIGS)
 @functools.cache
 def subject(name, context=8):
   model = build.build(CONFIGS[name], TOKENIZER.vocab_size, context)
-  shapes = jax.eval_shape(functools.partial(model.init, method='init_everything'), jax.random.key(0), jnp.zeros((2, 4), jnp.int32))
-  leaves, structure = jax.tree.flatten(nn.meta.unbox(shapes)['params'])
-  rng = np.random.default_rng(1)
-  return model, structure.unflatten([jnp.asarray(rng.normal(scale=0.5, size=leaf.shape), leaf.dtype) for leaf in leaves])
+  return model, test_settings.fill(model, np.random.default_rng(1), scale=0.5)
 
 
 @functools.cache

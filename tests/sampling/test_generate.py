@@ -16,7 +16,7 @@ from textgen_jax.sampling import knobs as knobs_lib
 from textgen_jax.sampling import rows as rows_lib
 from textgen_jax.text import base, byte, char, word
 
-SEGMENT = sampler.SEGMENT
+SEGMENT = reader.SEGMENT
 ALPHABET = '\n abcdefghijk'
 TOKENIZER = char.CharTokenizer.train(base.TokenizerConfig(), [ALPHABET])
 CONTEXT = 12

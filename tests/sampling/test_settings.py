@@ -30,10 +30,13 @@ families = pytest.mark.parametrize('name', CONFIGS)
 @functools.cache
 def subject(name):
   model = build.build(CONFIGS[name], TOKENIZER.vocab_size, 64)
+  return model, fill(model, np.random.default_rng(0))
+
+
+def fill(model, rng, scale=0.4):
+  """Random parameters of any model."""
   shapes = jax.eval_shape(functools.partial(model.init, method='init_everything'), jax.random.key(0), jnp.zeros((2, 4), jnp.int32))
-  leaves, structure = jax.tree.flatten(nn.meta.unbox(shapes)['params'])
-  rng = np.random.default_rng(0)
-  return model, structure.unflatten([jnp.asarray(rng.normal(scale=0.4, size=leaf.shape), leaf.dtype) for leaf in leaves])
+  return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(scale=scale, size=leaf.shape), leaf.dtype), nn.meta.unbox(shapes)['params'])
 
 
 def write(name, prompts, settings, **kwargs):

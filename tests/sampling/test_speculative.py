@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from sampling import test_settings
 
 from textgen_jax import errors
@@ -153,12 +152,9 @@ def random_weights(name, context, seed):
   config = test_settings.CONFIGS['lstm' if name == 'lstm' else 'transformer']
   config = config if name == 'lstm' else dataclasses.replace(config, position=name)
   model = build.build(config, TOKENIZER.vocab_size, context)
-  shapes = jax.eval_shape(functools.partial(model.init, method='init_everything'), jax.random.key(0), jnp.zeros((2, 4), jnp.int32))
-  leaves, structure = jax.tree.flatten(nn.meta.unbox(shapes)['params'])
   rng = np.random.default_rng(seed)
-  own = [rng.normal(scale=0.4, size=leaf.shape).astype(np.float32) for leaf in leaves]
-  noisy = [x + rng.normal(scale=0.08, size=x.shape).astype(np.float32) for x in own]
-  return model, *(structure.unflatten([jnp.asarray(x) for x in each]) for each in (own, noisy))
+  own = test_settings.fill(model, rng)
+  return model, own, jax.tree.map(jnp.add, own, test_settings.fill(model, rng, scale=0.08))
 
 
 @pytest.mark.parametrize('name', ['rotary', 'learned', 'lstm'])

@@ -118,7 +118,7 @@ def _constraints(
   if not any(map(constraint.wanted, settings)):
     return None, []
   asked = [constraint.Wanted(one.regex, one.choices, one.banned_tokens) for one in settings]
-  number = {one: i for i, one in enumerate(dict.fromkeys(one for one in asked if one.regex or one.choices))}
+  number = {one: i for i, one in enumerate(dict.fromkeys(filter(constraint.wanted, asked)))}
   constraints = _compile_constraints(tokenizer, tuple(number), size)
   states = [
     constraints.start(number[one], prompt) if one in number else constraint.FREE for one, prompt in zip(asked, prompts, strict=True)

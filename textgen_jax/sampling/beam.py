@@ -19,7 +19,6 @@ from textgen_jax.sampling import knobs as knobs_lib
 from textgen_jax.sampling import params as params_lib
 from textgen_jax.sampling import rows as rows_lib
 
-SEGMENT = 32  # tokens between two looks at the host
 DEAD = -jnp.inf  # the log-probability of a beam that isn't there
 
 
@@ -75,8 +74,8 @@ def search(
   penalty_B = np.array([one.length_penalty for one in settings], np.float32)
   while done < longest and not np.asarray(beams.finished_B).all():
     if read.cache is None or read.room() == 0:
-      read.read(longest - done, SEGMENT)
-    limit = min(SEGMENT, longest - done, read.room() or SEGMENT)
+      read.read(longest - done, reader.SEGMENT)
+    limit = min(reader.SEGMENT, longest - done, read.room() or reader.SEGMENT)
     read.reserve(limit)
     read.cache, beams, sound_N = extend(
       model, params, read.cache, beams, table, penalty_B, np.int32(done), np.int32(limit), uses=uses, size=size

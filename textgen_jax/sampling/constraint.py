@@ -64,7 +64,7 @@ class _Graph(NamedTuple):
   starts: tuple[int | str, ...]  # by context
 
 
-def wanted(row: params_lib.SamplingParams) -> bool:
+def wanted(row: params_lib.SamplingParams | Wanted) -> bool:
   """Whether the row is held to anything."""
   return bool(row.regex or row.choices)
 
@@ -84,7 +84,7 @@ def compile_constraints(tokenizer: base.Tokenizer, asked: Sequence[Wanted], voca
     UserError: a wrong expression, one that nothing the vocabulary spells matches, or a table that is too large.
   """
   spelling = tokenizer.spelling()
-  distinct = list(dict.fromkeys(one for one in asked if one.regex or one.choices))
+  distinct = list(dict.fromkeys(filter(wanted, asked)))
   letters = _alphabet(spelling)
   graphs = [_graph(one.regex, one.choices, spelling, letters, [*_silenced(tokenizer), *one.banned]) for one in distinct]
   firsts = np.cumsum([2, *(len(graph.distance_S) for graph in graphs)]).tolist()

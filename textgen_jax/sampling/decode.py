@@ -69,7 +69,7 @@ def next_token(adjusted_BV: jax.Array, uniform_B: Any, knobs: knobs_lib.Knobs, u
   return jnp.where(knobs.temperature_B > 0, transforms.draw(narrowed_BV, uniform_B), greedy_B), narrowed_BV
 
 
-def new_cache(model: base.LanguageModel, params: Any, rows: int, length: int, rewinds: int = 0) -> Any:
+def new_cache(model: base.LanguageModel, params: Any, rows: int, length: int, rewinds: int) -> Any:
   """An empty cache on the devices that hold the parameters, where later ones come from: else each call compiles twice."""
   return rows_lib.beside(params, _init_cache(model, rows, length, rewinds))
 

@@ -8,7 +8,7 @@ import os
 import pathlib
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from textgen_jax import errors
@@ -107,7 +107,7 @@ class Journal:
     try:
       check_new('output', output)  # another process may have ended since the caller looked
       self._read()
-    except BaseException:
+    except BaseException:  # Ctrl-C too: an empty journal would stay
       if fresh:
         self._remove()
       self._file.close()
@@ -221,13 +221,3 @@ class Journal:
       self._remove()
     with contextlib.suppress(OSError):  # what couldn't be written was told already
       self._file.close()
-
-
-def read_lines(data: bytes) -> Iterator[bytes]:
-  """Lines without their ends, of which only b'\\n' is one."""
-  at = 0
-  while at < len(data):
-    end = data.find(b'\n', at)
-    end = len(data) if end < 0 else end
-    yield data[at:end]
-    at = end + 1

@@ -153,7 +153,8 @@ def read(path: str | os.PathLike) -> Manifest:
   """
   name = f'reproduce={str(path)!r}'
   found = []
-  for number, one in enumerate(journal.read_lines(base.read_bounded(path, MAX_BYTES, 'reproduce')), start=1):
+  data = base.read_bounded(path, MAX_BYTES, 'reproduce')
+  for number, one in enumerate(data.removesuffix(b'\n').split(b'\n') if data else [], start=1):
     found.append(_object(one, f'{name}, line {number}'))
     if number == 1:
       header = _header(found[0][1], f'{name}, line 1')

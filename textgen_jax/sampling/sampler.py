@@ -18,7 +18,6 @@ from textgen_jax.sampling import knobs as knobs_lib
 from textgen_jax.sampling import rows as rows_lib
 from textgen_jax.sampling.params import SamplingParams
 
-SEGMENT = 32  # tokens between two looks at the host; the looks cost 4-5% of the time
 # XLA's CPU backend copies a lone row's cache with each token. Past so many slots two lines of one row take less time: of 1,024 slots 598
 # microseconds for 1,053, of 128 256 for 230 (4 layers, 128 wide). Its option xla_cpu_copy_insertion_use_region_analysis copies less, and
 # draws wrong tokens: with no_repeat_ngram the history is overwritten.
@@ -71,7 +70,7 @@ class Sampler:
     transforms: Sequence[knobs_lib.Transform] = (),
     draft: speculative.Draft | None = None,
     uses: knobs_lib.Uses | None = None,
-    segment: int = SEGMENT,
+    segment: int = reader.SEGMENT,
   ):
     self._model, self._params, self._segment, self._vocab, self._draft = model, params, segment, vocab, draft
     self._uses = uses or knobs_lib.Uses.of(settings, vocab, transforms)
@@ -86,11 +85,12 @@ class Sampler:
     self._readers: list[reader.Reader] = []  # the model's, and the draft's
     self._state: Any = None  # rows_lib.Rows
     self._batch: list[int] = []  # which row each line of the state belongs to
+    self._told = False  # of a row that is done, which the state doesn't know
     self.rounds = 0
 
   def finish(self, row: int) -> None:
     """Draws no more for this row."""
-    self._rows[row].done = True
+    self._rows[row].done = self._told = True
 
   def __iter__(self) -> Iterator[dict[int, 'Segment']]:
     self._batch = [i for i, row in enumerate(self._rows) if not row.done]
@@ -130,7 +130,9 @@ class Sampler:
 
   def _draw(self, limit: int) -> dict[int, 'Segment']:
     rows = [self._rows[i] for i in self._batch]
-    self._state = self._state._replace(done_B=rows_lib.beside(self._params, np.array([row.done for row in rows])))
+    if self._told:
+      self._state = self._state._replace(done_B=rows_lib.beside(self._params, np.array([row.done for row in rows])))
+      self._told = False
     trace, sound_B = self._decode(limit)
     trace, drawn_B, done_B, sound_B = jax.device_get((trace, self._state.history.drawn_B, self._state.done_B, sound_B))
     decode.refuse_unsound(sound_B, self._uses)
