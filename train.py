@@ -9,6 +9,11 @@ that configuration's fields and values. Ctrl-C saves and leaves; the same comman
 import sys
 from collections.abc import Sequence
 
+from textgen_jax import signals
+
+if __name__ == '__main__':
+  signals.watch()  # before what takes seconds to import
+
 from textgen_jax import command_line, compilation
 from textgen_jax import experiment as experiment_lib
 

@@ -1,11 +1,13 @@
 """What several test files share: a cache of their own, a small text, tiny trained workdirs."""
 
+import json
 import pathlib
 
 import jax
 import pytest
 
 import train
+from textgen_jax.training import integrity
 
 TINY = [
   '--config.tokenizer.kind=char',
@@ -49,6 +51,13 @@ def let_go_of_what_was_compiled():
 
 def train_argv(workdir, text_file, *more, config='debug'):
   return ['train.py', f'--config={CONFIGS}/{config}.py', f'--workdir={workdir}', f'--config.data.path={text_file}', *TINY, *more]
+
+
+def change_about(workdir, **values):
+  """Makes a workdir's checkpoints say something else of themselves, as whole as before."""
+  for path in (workdir / 'checkpoints').glob('*/about/metadata'):
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | values))
+    integrity.seal(path.parent.parent, path.parent.parent.name)
 
 
 @pytest.fixture(scope='session')

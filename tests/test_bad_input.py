@@ -1,7 +1,6 @@
 """A user's mistake ends in one line that names it, exit code 2, and nothing written."""
 
 import gzip
-import json
 import os
 import pathlib
 import shutil
@@ -370,13 +369,7 @@ def retokenized(tmp_path, trained):
   """A copy of the trained workdir whose checkpoints tell of another tokenizer."""
   workdir = tmp_path / 'retokenized'
   shutil.copytree(trained, workdir)
-  changed = 0
-  for path in (workdir / 'checkpoints').rglob('*'):
-    if path.is_file() and b'tokenizer_sha256' in path.read_bytes():
-      about = json.loads(path.read_bytes())
-      path.write_text(json.dumps(about | {'tokenizer_sha256': 'f00d' * 16}))
-      changed += 1
-  assert changed
+  conftest.change_about(workdir, tokenizer_sha256='f00d' * 16)
   return workdir
 
 

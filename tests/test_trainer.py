@@ -1,8 +1,10 @@
 import dataclasses
 import json
 import math
+import os
 import signal
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,7 +101,7 @@ def assert_same_end(a, b, step):
 
 
 def snapshot(directory):
-  return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None) for path in directory.rglob('*')}
+  return {path: (path.stat().st_mtime_ns, path.read_bytes()) if path.is_file() else None for path in directory.rglob('*')}
 
 
 @pytest.mark.parametrize('kind', MODELS)
@@ -267,10 +269,9 @@ def test_a_word_vocabulary_that_standardizes_has_no_bits_per_byte(make, tmp_path
 def test_another_tokenizer_is_refused(make, tmp_path):
   """The same settings may make another one, where a library or a file has changed: the checkpoint remembers which it was."""
   trainer.train(make(), tmp_path / 'run')
-  (about,) = [path for path in (tmp_path / 'run' / 'checkpoints').rglob('*') if path.is_file() and b'tokenizer_sha256' in path.read_bytes()]
-  content = json.loads(about.read_bytes())
-  assert content['tokenizer_sha256'] == workdir.load(tmp_path / 'run').tokenizer.fingerprint()
-  about.write_text(json.dumps(content | {'tokenizer_sha256': '0' * 64}))
+  about = workdir.newest(tmp_path / 'run')[1]
+  assert about['tokenizer_sha256'] == workdir.load(tmp_path / 'run').tokenizer.fingerprint()
+  conftest.change_about(tmp_path / 'run', tokenizer_sha256='0' * 64)
   before = snapshot(tmp_path)
   with pytest.raises(errors.UserError, match="its checkpoint's tokenizer has SHA-256 000000000000, and this text's"):
     trainer.train(make(num_steps=9), tmp_path / 'run')
@@ -361,23 +362,28 @@ def test_a_profile_may_span_a_restart(make, tmp_path):
   assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
 
 
-def test_a_signal_during_a_sample_still_saves(make, tmp_path, monkeypatch):
-  original = generate.generate
+@pytest.mark.parametrize('during', ['sample', 'score'])
+def test_a_signal_while_all_is_saved_leaves_at_once_and_loses_nothing(during, make, tmp_path, monkeypatch):
+  owner, name = {'sample': (generate, 'generate'), 'score': (evaluate, 'evaluate')}[during]
+  original, calls = getattr(owner, name), []
 
   def interrupted(*args, **kwargs):
-    signal.raise_signal(signal.SIGTERM)
+    calls.append(None)
+    signal.raise_signal(signal.SIGINT)
     return original(*args, **kwargs)
 
-  monkeypatch.setattr(generate, 'generate', interrupted)
-  given = make(num_steps=6, sample_every_steps=3, sample_tokens=2)
-  with pytest.raises(errors.Stopped, match=r'SIGTERM: step [34] is saved') as caught:
+  given = make(num_steps=6, eval_every_steps=3, sample_every_steps=3, sample_tokens=2)
+  monkeypatch.setattr(owner, name, interrupted)
+  with pytest.raises(KeyboardInterrupt):
     trainer.train(given, tmp_path / 'stopped')
-  assert caught.value.exit_code == 143
-  monkeypatch.setattr(generate, 'generate', original)
-  assert steps(tmp_path / 'stopped')[-1] in (3, 4)
+  assert len(calls) == 1
+  monkeypatch.setattr(owner, name, original)
+  assert steps(tmp_path / 'stopped') == [3]
   trainer.train(given, tmp_path / 'stopped')
   trainer.train(given, tmp_path / 'whole')
   assert_same_end(tmp_path / 'stopped', tmp_path / 'whole', 6)
+  assert column(tmp_path / 'stopped', 'val/loss') == column(tmp_path / 'whole', 'val/loss')
+  assert workdir.load(tmp_path / 'stopped').step == workdir.load(tmp_path / 'whole').step
 
 
 def test_a_file_as_workdir_and_too_little_text(make, tmp_path):
@@ -405,7 +411,7 @@ def test_a_run_that_is_stopped_where_it_evaluates_lacks_nothing(make, tmp_path):
     patch.setattr(metrics.Writer, 'write', write_and_stop)
     with pytest.raises(errors.Stopped, match='SIGINT: step 1 is saved'):
       trainer.train(make('transformer', num_steps=3, eval_every_steps=1, log_every_steps=1), tmp_path)
-  assert list(column(tmp_path, 'val/loss')) == [1]
+  assert list(column(tmp_path, 'val/loss')) == []  # not while someone waits
   assert workdir.load(tmp_path).step == 1
   trainer.train(make('transformer', num_steps=3, eval_every_steps=1), tmp_path)
   assert list(column(tmp_path, 'val/loss')) == [1, 2, 3]
@@ -433,3 +439,59 @@ def test_the_checkpoint_guards_its_settings_not_the_file_beside_it(make, tmp_pat
 def test_a_hook_that_gives_what_cannot_be_summed(make, tmp_path, result, match):
   with pytest.raises(errors.UserError, match=match):
     trainer.train(make('transformer', num_steps=2), tmp_path, lambda inputs: result)
+
+
+@pytest.mark.parametrize('minutes', [1e-9, 1e-3])
+def test_a_time_limit_saves_and_asks_to_be_started_again(minutes, make, tmp_path):
+  given = make(num_steps=200, schedule_steps=200)
+  given.time_limit_minutes = minutes
+  with pytest.raises(errors.TimeIsUp, match=rf'time_limit_minutes={minutes} have passed: step \d+ is saved') as caught:
+    trainer.train(given, tmp_path)
+  assert caught.value.exit_code == 75
+  (reached,) = steps(tmp_path)
+  assert list(column(tmp_path, 'train/loss')) == list(range(1, reached + 1))
+  given.time_limit_minutes, given.training.num_steps = 0.0, reached + 1
+  trainer.train(given, tmp_path)
+  assert steps(tmp_path)[-1] == reached + 1
+
+
+def test_a_second_trainer_is_told_who_trains_there(make, tmp_path):
+  trainer.train(make(num_steps=2), tmp_path)
+  with workdir.locked(tmp_path), pytest.raises(errors.UserError, match=rf'is being trained by process {os.getpid()} on '):
+    trainer.train(make(num_steps=4), tmp_path)
+  assert steps(tmp_path) == [2]
+  trainer.train(make(num_steps=4), tmp_path)
+  assert not (tmp_path / 'lock').exists()
+
+
+def test_a_damaged_step_is_set_aside_and_taken_anew(make, tmp_path, capfd):
+  given = make(num_steps=6, checkpoint_every_steps=2, keep_checkpoints=3)
+  trainer.train(given, tmp_path / 'damaged')
+  trainer.train(given, tmp_path / 'whole')
+  checkpoints_of = tmp_path / 'damaged' / 'checkpoints'
+  victim = max((path for path in (checkpoints_of / '6').rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+  data = bytearray(victim.read_bytes())
+  data[len(data) // 2] ^= 1
+  victim.write_bytes(data)
+  (checkpoints_of / '9').mkdir()
+  (checkpoints_of / '99').symlink_to('4')
+  capfd.readouterr()
+  trainer.train(given, tmp_path / 'damaged')
+  told = capfd.readouterr().err
+  assert f'checkpoints/6 is skipped: {victim.relative_to(checkpoints_of / "6")} is damaged' in told
+  assert 'checkpoints/9 is skipped: it has no manifest.json' in told
+  assert 'going on from step 4' in told
+  assert steps(tmp_path / 'damaged') == [2, 4, 6]
+  assert sorted(path.name for path in checkpoints_of.iterdir() if '.' in path.name) == ['6.damaged', '9.damaged', '99.damaged']
+  assert_same_end(tmp_path / 'damaged', tmp_path / 'whole', 6)
+  assert column(tmp_path / 'damaged', 'train/loss') == column(tmp_path / 'whole', 'train/loss')
+
+
+def test_no_good_step_is_never_a_start_from_zero(make, tmp_path):
+  trainer.train(make(num_steps=2), tmp_path)
+  (tmp_path / 'checkpoints' / '2' / 'manifest.json').unlink()
+  before = snapshot(tmp_path)
+  with pytest.raises(errors.NoGoodCheckpoint, match='none of its 1 checkpoints is good; 2: it has no manifest') as caught:
+    trainer.train(make(num_steps=4), tmp_path)
+  assert caught.value.exit_code == 4
+  assert snapshot(tmp_path) == before

@@ -30,10 +30,13 @@ class Parts:
       if path.exists() and not path.is_dir():
         raise errors.UserError(f'workdir={str(directory)!r}: {path} is a file')
     self.directory = directory
-    self.stored = workdir.latest_about(directory)  # None: a fresh start
+    # The step to go on from and what it says of itself; None: a fresh start.
+    newest = workdir.newest(directory)
+    self.stored_step = None if newest is None else newest[0]
+    self.stored = None if newest is None else newest[1]
     stored, self.stored_fingerprint = None, ''
     if self.stored is not None:
-      stored, self.stored_fingerprint = workdir.described(self.stored, f'{directory}/checkpoints')
+      stored, self.stored_fingerprint = workdir.described(self.stored, f'{directory}/checkpoints/{self.stored_step}')
     self.experiment, self.changes = reconcile(experiment, stored, directory)
     e, c = self.experiment, self.experiment.training
     self.mesh = sharding.make_mesh(e.sharding)

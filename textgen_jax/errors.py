@@ -34,6 +34,12 @@ class MachineFailed(RunError):
   exit_code = 5
 
 
+class TimeIsUp(RunError):
+  """The run's time limit was reached, and its last finished step saved: started again, it goes on."""
+
+  exit_code = 75
+
+
 class Stopped(RunError):
   """A signal ended the run after its last finished step was saved."""
 

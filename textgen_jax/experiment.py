@@ -31,7 +31,8 @@ class TrainingConfig:
   eval_batch_size: int = 64
   eval_max_tokens: int = 0  # evaluate on a prefix of the split during training; 0: whole. At the end always whole
   checkpoint_every_steps: int = 500  # 0: only at the end
-  keep_checkpoints: int = 1  # the latest; the best by val loss is kept beside them
+  keep_checkpoints: int = 2  # the latest: if one is damaged the other is used; the best by val loss is kept beside them
+  keep_every_steps: int = 0  # steps whose number it divides are kept too, where they are saved; 0: none
   sample_every_steps: int = -1  # -1: at every evaluation; 0: never
   sample_prompt: str = ''  # empty: the token that stands before a document
   sample_temperatures: tuple[float, ...] = (0.2, 0.5, 1.0, 1.2)
@@ -45,6 +46,7 @@ class Experiment:
 
   seed: int = 0  # of parameters, batches and dropout
   init_from: str = ''  # a workdir whose best params to start from, with a fresh optimizer
+  time_limit_minutes: float = 0.0  # from the start of the run; then it saves and ends with exit code 75. 0: none
   data: corpora.DataConfig = dataclasses.field(default_factory=corpora.DataConfig)
   tokenizer: text_base.TokenizerConfig = dataclasses.field(default_factory=text_base.TokenizerConfig)
   model: build.ModelConfig = dataclasses.field(default_factory=build.DEFAULT)
@@ -56,9 +58,9 @@ class Experiment:
 # Fields that may differ when a run goes on: none changes a step but for rounding on another mesh.
 # Where text and tokenizer lie isn't compared: that they are the same is told by their fingerprints.
 MAY_CHANGE = frozenset(
-  ['training.num_steps', 'training.keep_checkpoints', 'training.profile_steps', 'tokenizer.model_path']
+  ['time_limit_minutes', 'training.num_steps', 'training.keep_checkpoints', 'training.profile_steps', 'tokenizer.model_path']
   + [f'data.{name}' for name in ('corpus', 'path', 'field', 'mixture', 'val_fraction')]
-  + [f'training.{name}_every_steps' for name in ('log', 'eval', 'checkpoint', 'sample')]
+  + [f'training.{name}_every_steps' for name in ('log', 'eval', 'checkpoint', 'sample', 'keep')]
   + [f'training.{name}' for name in ('eval_batch_size', 'sample_prompt', 'sample_temperatures', 'sample_tokens')]
   + ['sharding.data', 'sharding.fsdp', 'sharding.rules']
 )
@@ -69,6 +71,8 @@ def check(experiment: Experiment) -> None:
   check_types(experiment)
   if not 0 <= experiment.seed < 2**32:
     raise errors.UserError(f'seed={experiment.seed} is not in [0, 2**32)')
+  if not 0 <= experiment.time_limit_minutes < float('inf'):
+    raise errors.UserError(f'time_limit_minutes={experiment.time_limit_minutes} is not a finite number of at least 0')
   corpora.check(experiment.data)
   text_build.check(experiment.tokenizer)
   build.check(experiment.model)
@@ -85,7 +89,7 @@ def check(experiment: Experiment) -> None:
 
 def _check_training(config: TrainingConfig) -> None:
   lowest = {'sample_every_steps': -1}
-  lowest |= dict.fromkeys(('eval_every_steps', 'checkpoint_every_steps', 'eval_max_tokens', 'sample_tokens'), 0)
+  lowest |= dict.fromkeys(('eval_every_steps', 'checkpoint_every_steps', 'keep_every_steps', 'eval_max_tokens', 'sample_tokens'), 0)
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if type(value) is int and value < lowest.get(field.name, 1):

@@ -43,13 +43,23 @@ def train(experiment: experiment_lib.Experiment, directory: str | os.PathLike, h
   Raises:
     UserError: wrong input; nothing was written to the workdir.
     Diverged: no update was applied for `MOST_SKIPPED_STEPS` or more.
-    Stopped: SIGINT or SIGTERM came; the last finished step is saved.
+    Stopped: SIGINT or SIGTERM came; the last finished step is saved. Where no finished step is unsaved, a signal does what it
+      does elsewhere (KeyboardInterrupt); in a command that called `signals.watch` it ends the process.
+    TimeIsUp: `time_limit_minutes` have passed; the last finished step is saved.
+    NoGoodCheckpoint: there are checkpoints, and none is whole.
     MachineFailed: a checkpoint could not be saved.
   """
+  began, directory = time.monotonic(), pathlib.Path(directory)
   try:
     with contextlib.ExitStack() as stack:
-      trainer = _Trainer(assembly.Parts(experiment, pathlib.Path(directory), hook), stack)
-      return trainer.finish(trainer.run())
+      stop = stack.enter_context(signals.caught())
+      stands = directory.is_dir()
+      if stands:  # what another trainer is writing would look damaged
+        stack.enter_context(workdir.locked(directory))
+      trainer = _Trainer(assembly.Parts(experiment, directory, hook), stop, began)
+      if not stands:
+        stack.enter_context(workdir.locked(directory))
+      return trainer.finish(trainer.run(stack))
   except OSError as error:
     raise errors.MachineFailed(f'{error.filename or directory}: {error.strerror or error}') from error
 
@@ -57,48 +67,54 @@ def train(experiment: experiment_lib.Experiment, directory: str | os.PathLike, h
 class _Trainer:
   """The loop's state on the host."""
 
-  def __init__(self, parts: assembly.Parts, stack: contextlib.ExitStack):
-    self.parts, self.config, self.directory, self.stack = parts, parts.experiment.training, parts.directory, stack
+  def __init__(self, parts: assembly.Parts, stop: signals.Stop, began: float):
+    self.parts, self.config, self.directory = parts, parts.experiment.training, parts.directory
+    self.stop, self.began = stop, began
+    self.warm = self.warm_params() if parts.experiment.init_from and not parts.stored else None
     self.flops_per_token = base.flops_per_token(parts.model, parts.abstract.params, self.config.sequence_length)
     self.peak_flops = metrics.peak_flops()
-    self.best = float('inf')  # lowest val loss so far
     self.final_score: evaluate.Score | None = None
     self.skipped = 0  # steps without an update, as last logged
     self.applied_step = 0  # the last log line before which an update was applied
 
-  def run(self) -> state.TrainState:
-    """Everything up to the last step's checkpoint. Before and after the loop all is saved: a signal ends that at once."""
-    train_state, self.first = self.start()
-    self.writer = self.stack.enter_context(contextlib.closing(metrics.Writer(self.directory, self.first)))
-    if self.first < self.config.num_steps:
-      compiled = self.compile(train_state, self.first)
-      with signals.caught(progress.say) as stopped:
-        return self.loop(compiled, train_state, self.first, stopped)
-    progress.say(f'{self.directory} has trained {self.first} steps already; training.num_steps={self.config.num_steps} asks for no more')
+  def run(self, stack: contextlib.ExitStack) -> state.TrainState:
+    """Everything up to the last step's checkpoint and score."""
+    c = self.config
+    # Whatever ends the run, what was begun to be saved is saved.
+    self.kept = stack.enter_context(
+      contextlib.closing(checkpoints.Checkpoints(self.directory, c.keep_checkpoints, c.keep_every_steps))
+    )
+    train_state, first = self.start()
+    # A run that was stopped while it evaluated has saved the step, and not its score.
+    unscored = first > 0 and self.evaluates(first) and not self.kept.is_scored(first)
+    self.writer = stack.enter_context(contextlib.closing(metrics.Writer(self.directory, first, unscored)))
+    if unscored:
+      self.score_step(first, train_state)
+    if first < c.num_steps:
+      return self.loop(self.compile(train_state, first), train_state, first)
+    progress.say(f'{self.directory} has trained {first} steps already; training.num_steps={c.num_steps} asks for no more')
     return train_state
 
   def finish(self, train_state: state.TrainState) -> evaluate.Score:
     """The whole val split's score."""
+    done = int(train_state.step)
     if self.final_score is None:
       self.final_score = self.score_val(train_state.params, self.parts.val)
-      self.report(max(self.first, self.config.num_steps), self.final_score, write=self.first < self.config.num_steps)
+      self.report(done, self.final_score, write=not self.writer.has(done, 'val/loss'))
     return self.final_score
 
   def start(self) -> tuple[state.TrainState, int]:
     """The state to go on from and its step; writes the workdir's configuration."""
-    parts = self.parts
-    warm_params = self.warm_params() if parts.experiment.init_from and not parts.stored else None
-    # Whatever ends the run, what was begun to be saved is saved.
-    self.kept = self.stack.enter_context(contextlib.closing(checkpoints.Checkpoints(self.directory, self.config.keep_checkpoints)))
-    latest = self.kept.latest_step()
-    if latest is None:
+    parts, first = self.parts, self.parts.stored_step
+    if first is None:
       train_state = parts.init()
-      if warm_params is not None:
-        train_state = dataclasses.replace(train_state, params=warm_params)
+      if self.warm is not None:
+        train_state = dataclasses.replace(train_state, params=self.warm)
+        self.warm = None  # the step donates them
     else:
-      train_state = self.kept.restore(latest, checkpoints.with_shardings(parts.abstract, parts.shardings))
-      progress.say(f'going on from step {latest} of {self.directory}')
-    self.best = min((loss for kept in self.kept.steps() if (loss := self.kept.val_loss(kept)) is not None), default=self.best)
+      train_state = self.kept.restore(first, checkpoints.with_shardings(parts.abstract, parts.shardings))
+      self.kept.set_aside_after(first)
+      progress.say(f'going on from step {first} of {self.directory}')
     workdir.write_config(self.directory, parts.experiment, parts.tokenizer)
     self.about = {
       'experiment': experiment_lib.to_json(parts.experiment),
@@ -109,7 +125,7 @@ class _Trainer:
     for line in parts.changes:
       progress.say(f'changed on resume: {line}')
     progress.say(progress.parameter_table(parts.abstract.params))
-    return train_state, latest or 0
+    return train_state, first or 0
 
   def warm_params(self) -> Any:
     """Another run's params, laid out as this one's."""
@@ -126,7 +142,7 @@ class _Trainer:
       raise errors.UserError(f'init_from={source!r} has other parameters: {"; ".join(wrong[:5])}')
     return jax.device_put(other.params, self.parts.shardings.params)
 
-  def loop(self, compiled: Any, train_state: state.TrainState, first: int, stopped: list[int]) -> state.TrainState:
+  def loop(self, compiled: Any, train_state: state.TrainState, first: int) -> state.TrainState:
     """Trains from step `first` on. Step n is dispatched before step n - 1's numbers are read."""
     c = self.config
     asked = experiment_lib.parse_profile_steps(c.profile_steps)
@@ -138,6 +154,7 @@ class _Trainer:
       trace = stack.enter_context(contextlib.ExitStack())
       self.skipped, self.applied_step = int(train_state.step - train_state.updates), first
       self.logged_at, self.logged_step = time.monotonic(), first
+      self.stop.hold()
       due: tuple[int, step.Sums] | None = None
       for done, batch in enumerate(batches, start=first + 1):
         if profiled and done == profiled[0]:
@@ -151,18 +168,16 @@ class _Trainer:
         if len(running) > 1:
           # Two steps in flight keep the device busy; more would only delay Ctrl-C.
           jax.block_until_ready(running.popleft())
+        self.kept.check()
         self.bar.step()
         if profiled and done == profiled[-1]:
           jax.block_until_ready(train_state)
           trace.close()
-        if stopped or done == c.num_steps or self.pause_due(done):
+        if self.ending(done) or done == c.num_steps or self.pause_due(done):
           if due:
             self.log(*due)
           due = None
-          if not self.pause(done, train_state, stopped):
-            continue
-          name = signal.Signals(stopped[0]).name
-          raise errors.Stopped(f'{name}: step {done} is saved in {self.directory}; the same command goes on from there', stopped[0])
+          self.pause(done, train_state)
     return train_state
 
   def compile(self, train_state: state.TrainState, first: int) -> Any:
@@ -174,39 +189,56 @@ class _Trainer:
     progress.say(f'the step is compiled in {time.monotonic() - began:.1f} s{peak}')
     return compiled
 
+  def evaluates(self, done: int) -> bool:
+    every = self.config.eval_every_steps
+    return done == self.config.num_steps or (every > 0 and done % every == 0)
+
+  def samples(self, done: int) -> bool:
+    c = self.config
+    due = self.evaluates(done) if c.sample_every_steps < 0 else c.sample_every_steps > 0 and done % c.sample_every_steps == 0
+    return due and c.sample_tokens > 0
+
   def pause_due(self, done: int) -> bool:
-    c = self.config
-    return any(every > 0 and done % every == 0 for every in (c.eval_every_steps, c.checkpoint_every_steps, c.sample_every_steps))
+    every = self.config.checkpoint_every_steps
+    return self.evaluates(done) or self.samples(done) or (every > 0 and done % every == 0)
 
-  def pause(self, done: int, train_state: state.TrainState, stopped: list[int]) -> bool:
-    """Evaluation, samples and a checkpoint, whichever are due after step `done`; a signal may come during each.
+  def ending(self, done: int) -> errors.RunError | None:
+    """Why the run is to end after step `done`, if it is."""
+    told = f'step {done} is saved in {self.directory}; the same command goes on from there'
+    if number := self.stop.number:
+      return errors.Stopped(f'{signal.Signals(number).name}: {told}', number)
+    minutes = self.parts.experiment.time_limit_minutes
+    if minutes and time.monotonic() - self.began >= 60 * minutes and done < self.config.num_steps:
+      return errors.TimeIsUp(f'time_limit_minutes={minutes} have passed: {told}')
+    return None
 
-    Returns:
-      Whether the run is to stop; the step is saved then.
-    """
-    c = self.config
-    began, last = time.monotonic(), done == c.num_steps
-    val_loss = None
-    # Also when a signal has come: a run that was stopped here must not lack this score for ever.
-    evaluated = last or (c.eval_every_steps > 0 and done % c.eval_every_steps == 0)
-    if evaluated:
-      score = self.score_val(train_state.params, self.parts.val_prefix)
-      val_loss = score.loss_nats
-      self.report(done, score)
-      self.final_score = score if last and self.is_whole(score) else None
-    sampled = evaluated if c.sample_every_steps < 0 else c.sample_every_steps > 0 and done % c.sample_every_steps == 0
-    if sampled and c.sample_tokens and not stopped:
-      self.sample(done, train_state.params)
-    better = val_loss is not None and val_loss < self.best
-    stopping = bool(stopped)  # read once: a signal from here on stops the next step
-    if better or last or stopping or (c.checkpoint_every_steps > 0 and done % c.checkpoint_every_steps == 0):
-      self.kept.save(done, train_state, self.about, val_loss)
-    if better and val_loss is not None:
-      self.best = val_loss
-    if last or stopping:
+  def pause(self, done: int, train_state: state.TrainState) -> None:
+    """A checkpoint, then evaluation and samples where they are due; a signal ends those at once, and loses nothing."""
+    began = time.monotonic()
+    self.kept.save(done, train_state, self.about)
+    if reason := self.ending(done):
       self.kept.wait()
+      raise reason
+    self.stop.release(f'step {done} is saved in {self.directory}; the same command goes on from there', self.settle)
+    if self.evaluates(done):
+      self.score_step(done, train_state)
+    if self.samples(done):
+      self.sample(done, train_state.params)
+    if done == self.config.num_steps:
+      self.kept.wait()
+    else:
+      self.stop.hold()
     self.logged_at += time.monotonic() - began  # tokens/s is of training alone
-    return stopping
+
+  def settle(self) -> None:
+    self.kept.settle()
+    self.writer.flush()
+
+  def score_step(self, done: int, train_state: state.TrainState) -> None:
+    score = self.score_val(train_state.params, self.parts.val_prefix)
+    self.report(done, score)
+    self.final_score = score if done == self.config.num_steps and self.is_whole(score) else None
+    self.kept.score(done, score.loss_nats)
 
   def log(self, done: int, sums: step.Sums) -> None:
     values = {name: float(total) / max(float(weight), 1e-30) for name, (total, weight) in jax.device_get(sums).items()}

@@ -1,10 +1,14 @@
 """What a workdir holds, and a trained model read back from it."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
+import platform
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -43,7 +47,7 @@ def load(workdir: str | os.PathLike, checkpoint: str = 'best') -> Trained:
     NoGoodCheckpoint: the step can't be read.
   """
   path = pathlib.Path(workdir)
-  if not has_checkpoints(path):
+  if not checkpoints.listed(path / 'checkpoints'):
     raise errors.UserError(f'workdir={str(path)!r}: no checkpoint was ever written there')
   kept = checkpoints.Checkpoints(path, read_only=True)
   step = _choose(kept, checkpoint, path)
@@ -68,22 +72,17 @@ def load(workdir: str | os.PathLike, checkpoint: str = 'best') -> Trained:
 
 def _choose(kept: checkpoints.Checkpoints, checkpoint: str, path: pathlib.Path) -> int:
   steps = kept.steps()
-  if not steps:
-    raise errors.NoGoodCheckpoint(f'{path}/checkpoints holds no finished checkpoint')
-  if checkpoint == 'latest':
-    return steps[-1]
-  if checkpoint == 'best':
-    best = kept.best_step()
-    return steps[-1] if best is None else best
-  if checkpoint in map(str, steps):
+  if checkpoint == 'best' and (best := kept.first_good(kept.best_steps(), checkpoints.TO_SAMPLE)) is not None:
+    return best
+  if checkpoint in ('best', 'latest'):
+    latest = kept.newest_good(checkpoints.TO_SAMPLE)
+    if latest is not None:
+      return latest
+  elif checkpoint in map(str, steps):
     return int(checkpoint)
+  if not steps:  # deleted since they were listed
+    raise errors.UserError(f'workdir={str(path)!r}: its checkpoints are gone')
   raise errors.not_among('checkpoint', checkpoint, ['best', 'latest', *map(str, steps)])
-
-
-def has_checkpoints(workdir: pathlib.Path) -> bool:
-  """True where at least one save was finished: its folder bears a plain number."""
-  directory = workdir / 'checkpoints'
-  return directory.is_dir() and any(path.name.isdecimal() and path.is_dir() for path in directory.iterdir())
 
 
 def abstract_params(model: Any) -> Any:
@@ -125,17 +124,46 @@ def tokenizer_files(tokenizer: text_base.Tokenizer) -> dict[str, Any]:
     return checkpoints.read_files(pathlib.Path(directory))
 
 
-def latest_about(workdir: pathlib.Path) -> dict[str, Any] | None:
-  """What the latest checkpoint says of itself; None where none was ever written."""
-  if not has_checkpoints(workdir):
+def newest(workdir: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
+  """The newest step that is whole, and what it says of itself; None where none was ever written.
+
+  Raises:
+    NoGoodCheckpoint: there are steps, and none is whole.
+  """
+  if not checkpoints.listed(workdir / 'checkpoints'):
     return None
   kept = checkpoints.Checkpoints(workdir, read_only=True)
-  step = kept.latest_step()
-  if step is None:
-    raise errors.NoGoodCheckpoint(f'{workdir}/checkpoints holds no finished checkpoint')
-  about = kept.about(step)
-  kept.close()
-  return about
+  step = kept.newest_good()
+  return None if step is None else (step, kept.about(step))
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+  """Makes the workdir where it is missing, and keeps other trainers out of it; a process that dies lets them in.
+
+  Raises:
+    UserError: another process trains there.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  path = workdir / 'lock'
+  while True:
+    with path.open('a+', encoding='utf-8') as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as error:
+        file.seek(0)
+        owner = file.read(100).strip() or 'another process'
+        raise errors.UserError(f'workdir={str(workdir)!r} is being trained by {owner}') from error
+      if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        continue  # its owner deleted it between our opening and our locking it
+      file.truncate(0)
+      file.write(f'process {os.getpid()} on {platform.node()}\n')
+      file.flush()
+      try:
+        yield
+      finally:
+        path.unlink(missing_ok=True)
+      return
 
 
 def write_config(workdir: pathlib.Path, experiment: experiment_lib.Experiment, tokenizer: text_base.Tokenizer) -> None:

@@ -1,130 +1,266 @@
-"""Checkpoints: params apart from the rest, with what is needed to read them."""
+"""Checkpoints that know whether they are whole: params apart from the rest, with what is needed to read them."""
 
 import dataclasses
 import json
 import pathlib
+import re
+import shutil
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from textgen_jax import errors
-from textgen_jax.training import state
+from textgen_jax import errors, trees
+from textgen_jax.training import integrity, progress, state
 
-FORMAT = 2  # counts changes to what a checkpoint holds
-
-
-def _score(metrics: dict[str, float] | None) -> float:
-  """Higher is better; a step without a finite loss is the worst, or a NaN would evict the best."""
-  loss = (metrics or {}).get('val_loss')
-  return -loss if loss is not None and np.isfinite(loss) else float('-inf')
+FORMAT = 3  # counts changes to what a checkpoint holds
+TO_SAMPLE = ('params', 'about')
+TO_TRAIN = ('params', 'state', 'about')
+SCORE = 'score.json'  # in a step's folder, written when the step was evaluated: after its manifest
+LEFTOVERS = ('*.orbax-checkpoint-tmp*', '*.deleted')  # of a process that was killed while it saved or deleted
 
 
 class Checkpoints:
-  """A workdir's `checkpoints/`: the latest ones and the best by val loss are kept.
+  """A workdir's `checkpoints/`: the latest ones, the best by val loss, and every `keep_every`-th are kept.
 
-  Each step holds `params`, `state` (the rest of `TrainState`), and `about` (JSON:
-  the experiment, the tokenizer's files, the fingerprint of what the batches are made of).
+  Each step holds `params`, `state` (the rest of `TrainState`), `about` (JSON: the experiment, the tokenizer's files, the
+  fingerprint of what the batches are made of, every leaf's shape and dtype) and the manifest of their files, committed by one
+  rename. A step is read only where it is as it was written.
   """
 
-  def __init__(self, workdir: pathlib.Path, keep_latest: int = 1, read_only: bool = False):
+  def __init__(self, workdir: pathlib.Path, keep_latest: int = 1, keep_every: int = 0, read_only: bool = False):
     self._directory = workdir.absolute() / 'checkpoints'
-    managers = ocp.checkpoint_managers
-    options = ocp.CheckpointManagerOptions(
-      create=not read_only,
-      read_only=read_only,
-      preservation_policy=managers.AnyPreservationPolicy(
-        [
-          managers.LatestN(keep_latest),
-          # A step whose record is missing is what a process left that was killed while it deleted.
-          managers.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
-        ]
-      ),
-      best_fn=_score,
-      best_mode='max',
-      cleanup_tmp_directories=not read_only,
+    self._keep_latest, self._keep_every = keep_latest, keep_every
+    self._saving: int | None = None  # the step that is on its way to the disk
+    self._problems: dict[tuple[int, tuple[str, ...]], str | None] = {}  # what was looked at already
+    handlers = {'params': ocp.StandardCheckpointHandler(), 'state': ocp.StandardCheckpointHandler(), 'about': ocp.JsonCheckpointHandler()}
+    # Orbax's CheckpointManager isn't used: it lists steps that aren't committed, and takes an empty folder or a link for one.
+    self._checkpointer = ocp.AsyncCheckpointer(
+      ocp.CompositeCheckpointHandler(**handlers),
+      # Called on the complete folder before the rename that commits it, without arguments.
+      async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
     )
-    handlers = {
-      'params': ocp.StandardCheckpointHandler(),
-      'state': ocp.StandardCheckpointHandler(),
-      'about': ocp.JsonCheckpointHandler(),
-    }
-    try:
-      self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
-    except ValueError as error:  # a step's metrics that are no JSON
-      raise errors.NoGoodCheckpoint(f'{self._directory}: the checkpoints could not be listed: {first_line(error)}') from error
+    if not read_only:
+      self._directory.mkdir(parents=True, exist_ok=True)
+      self._clear()
 
-  def save(self, step: int, train_state: state.TrainState, about: dict[str, Any], val_loss: float | None) -> None:
-    """Begins to save in the background; raises what an earlier save failed with."""
+  def save(self, step: int, train_state: state.TrainState, about: dict[str, Any]) -> None:
+    """Begins to save in the background; raises what an earlier save failed with. A step that is there already is kept."""
+    self.wait()
+    if (self._directory / str(step)).exists():
+      return
+    items = {'params': train_state.params, 'state': rest(train_state)}
+    self._saving = step
     try:
-      self._manager.save(
-        step,
+      self._checkpointer.save(
+        self._directory / str(step),
         args=ocp.args.Composite(
-          params=ocp.args.StandardSave(train_state.params),
-          state=ocp.args.StandardSave(rest(train_state)),
-          about=ocp.args.JsonSave({'format': FORMAT, **about}),
+          params=ocp.args.StandardSave(items['params']),
+          state=ocp.args.StandardSave(items['state']),
+          about=ocp.args.JsonSave({'format': FORMAT, **about, 'leaves': _describe(items)}),
         ),
-        metrics={} if val_loss is None else {'val_loss': val_loss},
       )
-    except (OSError, ValueError) as error:
-      raise errors.MachineFailed(f'{self._directory}/{step}: the checkpoint could not be saved: {first_line(error)}') from error
+    except Exception as error:
+      raise self._failed(error) from error
 
-  def steps(self) -> list[int]:
-    return sorted(self._manager.all_steps())
+  def _seal(self) -> None:
+    (folder,) = self._directory.glob(f'{self._saving}.orbax-checkpoint-tmp*')
+    integrity.seal(folder, str(self._saving))
 
-  def latest_step(self) -> int | None:
-    return self._manager.latest_step()
-
-  def best_step(self) -> int | None:
-    """The step with the lowest val loss; None where no step was scored."""
-    scored = [(loss, -step) for step in self.steps() if (loss := self.val_loss(step)) is not None]
-    return -min(scored)[1] if scored else None
-
-  def val_loss(self, step: int) -> float | None:
-    """What the step's whole record says; None where it wasn't evaluated."""
+  def check(self) -> None:
+    """Raises what a save in the background failed with."""
     try:
-      metrics = self._manager.metrics(step)
-    except Exception as error:  # as in _restore
-      raise self._unreadable(step, error) from error
-    loss = (metrics or {}).get('val_loss')
-    return loss if loss is not None and np.isfinite(loss) else None
+      self._checkpointer.check_for_errors()
+    except Exception as error:
+      raise self._failed(error) from error
 
-  def about(self, step: int) -> dict[str, Any]:
-    about = self._restore(step, about=ocp.args.JsonRestore())['about']
-    if not isinstance(about, dict) or about.get('format') != FORMAT:
-      raise errors.NoGoodCheckpoint(f'{self._directory}/{step} is not of format {FORMAT}, which this version reads')
-    return about
-
-  def restore(self, step: int, abstract: state.TrainState) -> state.TrainState:
-    """The state at `step`, laid out as `abstract`'s shardings say."""
-    items = self._restore(
-      step, params=ocp.args.StandardRestore(abstract.params), state=ocp.args.StandardRestore(rest(abstract))
-    )
-    return dataclasses.replace(abstract, params=items['params'], **items['state'])
-
-  def restore_params(self, step: int, abstract_params: Any) -> Any:
-    return self._restore(step, params=ocp.args.StandardRestore(abstract_params))['params']
-
-  def _restore(self, step: int, **args: Any) -> Any:
+  def settle(self) -> None:
+    """Until what was begun is on disk; raises what the save failed with. Any thread may wait."""
     try:
-      return self._manager.restore(step, args=ocp.args.Composite(**args))
-    except Exception as error:  # orbax raises nearly anything on damaged files
-      raise self._unreadable(step, error) from error
-
-  def _unreadable(self, step: int, error: Exception) -> errors.NoGoodCheckpoint:
-    return errors.NoGoodCheckpoint(f'{self._directory}/{step}: the checkpoint could not be read: {first_line(error)}')
+      self._checkpointer.wait_until_finished()
+    except Exception as error:  # orbax raises nearly anything
+      raise self._failed(error) from error
 
   def wait(self) -> None:
-    """Until what was begun is on disk; raises what it failed with."""
-    try:
-      self._manager.wait_until_finished()
-    except (OSError, ValueError) as error:
-      raise errors.MachineFailed(f'{self._directory}: a checkpoint could not be saved: {first_line(error)}') from error
+    """As `settle`, and deletes what needn't be kept."""
+    self.settle()
+    if self._saving is not None:
+      self._saving = None
+      self._prune()
+
+  def _failed(self, error: Exception) -> errors.MachineFailed:
+    step, self._saving = self._saving, None
+    self._clear()  # what is half written would only fill the disk
+    return errors.MachineFailed(f'{self._directory}/{step}: the checkpoint could not be saved: {first_line(error)}')
 
   def close(self) -> None:
     self.wait()
-    self._manager.close()
+    self._checkpointer.close()
+
+  def score(self, step: int, val_loss: float) -> None:
+    """Writes down what a saved step scored; the best so far is kept."""
+    self.wait()
+    folder = self._directory / str(step)
+    if folder.is_dir():
+      integrity.write_sealed(folder / SCORE, {'step': step, 'val_loss': val_loss if np.isfinite(val_loss) else None})
+      self._prune()
+
+  def is_scored(self, step: int) -> bool:
+    return self._read_score(step) is not None
+
+  def val_loss(self, step: int) -> float | None:
+    """Of a step that was evaluated; None where it wasn't, or where the loss isn't finite."""
+    return (self._read_score(step) or {}).get('val_loss')
+
+  def _read_score(self, step: int) -> dict[str, Any] | None:
+    path = self._directory / str(step) / SCORE
+    try:
+      score = integrity.read_sealed(path)
+    except FileNotFoundError:
+      return None
+    except (OSError, ValueError) as error:
+      progress.say(f'{path} is damaged ({error}): the step counts as one that was never evaluated')
+      return None
+    return score if isinstance(score, dict) and score.get('step') == step else None
+
+  def steps(self) -> list[int]:
+    """Those that have a folder, whole or not."""
+    return listed(self._directory)
+
+  def best_steps(self) -> list[int]:
+    """Steps that were scored, the lowest val loss first, the later of two equals before the other."""
+    scored = [(loss, -step) for step in self.steps() if (loss := self.val_loss(step)) is not None]
+    return [-step for _, step in sorted(scored)]
+
+  def problem(self, step: int, items: tuple[str, ...] = TO_TRAIN) -> str | None:
+    """Why a step can't be used; None where it can."""
+    if (step, items) not in self._problems:
+      self._problems[step, items] = self._look(step, items)
+    return self._problems[step, items]
+
+  def _look(self, step: int, items: tuple[str, ...]) -> str | None:
+    found = integrity.problem(self._directory / str(step), items)
+    if found is None and (version := self._read_about(step).get('format')) != FORMAT:
+      return f'it is of format {version}, and this version reads {FORMAT}'
+    return found
+
+  def first_good(self, steps: list[int], items: tuple[str, ...] = TO_TRAIN) -> int | None:
+    """The first that is whole; those before it are named."""
+    for step in steps:
+      found = self.problem(step, items)
+      if found is None:
+        return step
+      progress.say(f'{self._directory}/{step} is skipped: {found}')
+    return None
+
+  def newest_good(self, items: tuple[str, ...] = TO_TRAIN) -> int | None:
+    """The newest step that is whole; None where there is no step.
+
+    Raises:
+      NoGoodCheckpoint: there are steps, and none is whole.
+    """
+    steps = self.steps()[::-1]
+    step = self.first_good(steps, items)
+    if step is None and steps:
+      why = f'{steps[0]}: {self.problem(steps[0], items)}'
+      raise errors.NoGoodCheckpoint(f'{self._directory}: none of its {len(steps)} checkpoints is good; {why}')
+    return step
+
+  def forget_after(self, step: int | None) -> None:
+    """Deletes every later step (all for None): the run takes them anew."""
+    for later in self.steps():
+      if step is None or later > step:
+        self._delete(later)
+
+  def set_aside_after(self, step: int) -> None:
+    """Renames whatever bears a later step's number: it can't be used, and would be in the way of that step's save."""
+    for path in self._directory.iterdir():
+      if _is_step(path.name) and int(path.name) > step:
+        aside = path.with_name(f'{path.name}.damaged')
+        _remove(aside)
+        path.rename(aside)
+        progress.say(f'{path} was set aside as {aside.name}')
+
+  def _prune(self) -> None:
+    steps = self.steps()
+    keep = {*steps[-self._keep_latest :], *self.best_steps()[:1], *(s for s in steps if self._keep_every and s % self._keep_every == 0)}
+    for step in steps:
+      if step not in keep:
+        self._delete(step)
+
+  def _delete(self, step: int) -> None:
+    # Renamed first: a process that is killed in between leaves no folder that could be taken for a step.
+    self._problems = {key: found for key, found in self._problems.items() if key[0] != step}
+    doomed = self._directory / f'{step}.deleted'
+    (self._directory / str(step)).rename(doomed)
+    _remove(doomed)
+
+  def _clear(self) -> None:
+    for pattern in LEFTOVERS:
+      for path in self._directory.glob(pattern):
+        _remove(path)
+
+  def about(self, step: int) -> dict[str, Any]:
+    if found := self.problem(step, TO_SAMPLE):
+      raise errors.NoGoodCheckpoint(f'{self._directory}/{step}: {found}')
+    return self._read_about(step)
+
+  def _read_about(self, step: int) -> dict[str, Any]:
+    about = self._restore(step, about=ocp.args.JsonRestore())['about']
+    return about if isinstance(about, dict) else {}
+
+  def restore(self, step: int, abstract: state.TrainState) -> state.TrainState:
+    """The state at `step`, laid out as `abstract`'s shardings say."""
+    items = self._restore_arrays(step, {'params': abstract.params, 'state': rest(abstract)})
+    return dataclasses.replace(abstract, params=items['params'], **items['state'])
+
+  def restore_params(self, step: int, abstract_params: Any) -> Any:
+    return self._restore_arrays(step, {'params': abstract_params})['params']
+
+  def _restore_arrays(self, step: int, abstract: dict[str, Any]) -> Any:
+    """Orbax would cast another dtype without a word, and tell of other shapes on pages: what there is is compared first."""
+    about = self._read_about(step).get('leaves')
+    stored = {name: leaf for name, leaf in (about or {}).items() if name.partition('/')[0] in abstract}
+    wanted = _describe(abstract)
+    wrong = [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
+    if wrong:
+      lines = [f'{name}: {_text(stored.get(name))} -> {_text(wanted.get(name))}' for name in wrong]
+      told = '\n'.join(lines if len(lines) <= 9 else [*lines[:8], f'and {len(lines) - 8} more'])
+      raise errors.NoGoodCheckpoint(f'{self._directory}/{step} holds other arrays than this run has:\n{told}')
+    return self._restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
+
+  def _restore(self, step: int, **args: Any) -> Any:
+    try:
+      return self._checkpointer.restore(self._directory / str(step), args=ocp.args.Composite(**args))
+    except Exception as error:  # orbax raises nearly anything on damaged files
+      raise errors.NoGoodCheckpoint(f'{self._directory}/{step}: the checkpoint could not be read: {first_line(error)}') from error
+
+
+def listed(directory: pathlib.Path) -> list[int]:
+  """The steps in a `checkpoints/`, ascending: folders, no links, that bear a plain number."""
+  paths = directory.iterdir() if directory.is_dir() else ()
+  return sorted(int(path.name) for path in paths if _is_step(path.name) and path.is_dir() and not path.is_symlink())
+
+
+def _is_step(name: str) -> bool:
+  return re.fullmatch('0|[1-9][0-9]{0,17}', name) is not None
+
+
+def _remove(path: pathlib.Path) -> None:
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path, ignore_errors=True)
+  else:
+    path.unlink(missing_ok=True)
+
+
+def _describe(items: dict[str, Any]) -> dict[str, list[Any]]:
+  """Each array's dtype and shape, by name."""
+  return {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in trees.named_leaves(items)}
+
+
+def _text(leaf: list[Any] | None) -> str:
+  return 'none' if leaf is None else f'{leaf[0]} {tuple(leaf[1])}'
 
 
 def rest(train_state: state.TrainState) -> dict[str, Any]:

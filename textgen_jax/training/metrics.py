@@ -40,11 +40,19 @@ def peak_flops() -> float | None:
 
 
 class Writer:
-  """Appends records to `metrics.jsonl` and TensorBoard; what lies past the restored step is cut."""
+  """Appends records to `metrics.jsonl` and TensorBoard; what lies past the restored step is cut.
 
-  def __init__(self, workdir: pathlib.Path, restored_step: int):
+  Args:
+    workdir: where.
+    restored_step: the last step that is kept.
+    unscored: its scores are cut too: they are taken again.
+  """
+
+  def __init__(self, workdir: pathlib.Path, restored_step: int, unscored: bool = False):
     self._path = workdir / 'metrics.jsonl'
-    cut_after(self._path, restored_step)
+    records = cut_after(self._path, restored_step, unscored)
+    self._last = {name for record in records if record['step'] == restored_step for name in record}
+    self._restored_step = restored_step
     self._file = self._path.open('a', encoding='utf-8')
     self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=restored_step + 1)
 
@@ -55,29 +63,44 @@ class Writer:
       if value is not None:  # not finite; TensorBoard takes no None
         self._events.add_scalar(name, value, step)
 
+  def has(self, step: int, name: str) -> bool:
+    """Whether the restored step has a value of that name in the file."""
+    return step == self._restored_step and name in self._last
+
   def text(self, step: int, name: str, text: str) -> None:
     self._events.add_text(name, '```\n' + text + '\n```', step)
+
+  def flush(self) -> None:
+    self._events.flush()
 
   def close(self) -> None:
     self._file.close()
     self._events.close()
 
 
-def cut_after(path: pathlib.Path, step: int) -> None:
-  """Drops records past `step`, and a last line that a killed process left unfinished."""
+def cut_after(path: pathlib.Path, step: int, unscored: bool = False) -> list[dict[str, Any]]:
+  """Drops records past `step`, its scores where it is `unscored`, and what a killed process or a full disk left unfinished.
+
+  Returns:
+    The records that are left.
+  """
   if not path.exists():
-    return
-  kept = []
-  for line in path.read_text(encoding='utf-8').splitlines():
+    return []
+  kept, lines = [], []
+  for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
     try:
       record = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
       continue
-    if record['step'] <= step:
-      kept.append(line + '\n')
+    if not isinstance(record, dict) or not isinstance(record.get('step'), int) or record['step'] > step:
+      continue
+    if not (unscored and record['step'] == step and any(name.startswith('val') for name in record)):
+      kept.append(record)
+      lines.append(line + '\n')
   temporary = path.with_suffix('.tmp')
-  temporary.write_text(''.join(kept), encoding='utf-8')
+  temporary.write_text(''.join(lines), encoding='utf-8')
   os.replace(temporary, path)
+  return kept
 
 
 def jsonable(value: float | None) -> float | None:
