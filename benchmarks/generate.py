@@ -18,17 +18,14 @@ alone.
 import argparse
 import functools
 import importlib.metadata
-import json
 import os
-import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
+import contenders
 import gpt2_weights
 import jax
 import jax.numpy as jnp
@@ -45,7 +42,6 @@ BATCHES = (1, 16)
 CAPACITIES = (64, 128, 256, 512, 1024)
 ROOMY_TOKENS = 56  # and 8 before: a quarter of the smallest context
 CAPACITY_TOKENS = 512  # drawn in one measurement, whatever the capacity: else the short ones would be the noisy ones
-PAUSE_S = 0.2  # before a measurement, so that the threads of the one before have gone to sleep
 OURS, THEIRS = 'textgen_jax, GPT-2', 'Hugging Face, GPT-2, threads: '
 CORES = os.cpu_count() or 2
 
@@ -61,7 +57,7 @@ def main() -> None:
   parser.add_argument('--serve', nargs=2, metavar=('NAME', 'WEIGHTS'), help='for the script itself: time what stdin asks for')
   args = parser.parse_args()
   if args.serve:
-    serve(makers(args.torch_threads)[args.serve[0]](args.serve[1]))
+    contenders.serve(makers(args.torch_threads)[args.serve[0]](args.serve[1]))
     return
   versions = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'jaxlib', 'torch', 'transformers'))
   where = 'one process for all' if args.together else 'a process each'
@@ -69,14 +65,17 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as folder:
     weights = os.path.join(folder, 'gpt2.npz')
     write_weights(weights)
-    contenders: dict[str, Any] = {}
+    rivals: dict[str, Any] = {}
     for name, make in makers(args.torch_threads).items():
-      contenders[name] = functools.partial(timed, make(weights)) if args.together else Apart(name, weights, args.torch_threads)
-    check_same(contenders)
-    compare(contenders, args.repeats)
-    for contender in contenders.values():
-      if isinstance(contender, Apart):
-        contender.close()
+      if args.together:
+        rivals[name] = functools.partial(contenders.timed, make(weights))
+      else:
+        rivals[name] = contenders.Apart(__file__, name, [weights, '--torch_threads', *map(str, args.torch_threads)])
+    check_same(rivals)
+    compare(rivals, args.repeats)
+    for rival in rivals.values():
+      if isinstance(rival, contenders.Apart):
+        rival.close()
     capacity(weights, args.repeats)
 
 
@@ -163,47 +162,14 @@ def makers(torch_threads: list[int]) -> dict[str, Callable[[str], Draw]]:
   }
 
 
-def timed(draw: Draw, *request: Any) -> tuple[float, list[list[int]]]:
-  time.sleep(PAUSE_S)
-  began = time.perf_counter()
-  tokens = draw(*request)
-  return time.perf_counter() - began, tokens
-
-
-def serve(draw: Draw) -> None:
-  for line in sys.stdin:
-    print(json.dumps(timed(draw, *json.loads(line))), flush=True)
-
-
-class Apart:
-  """A contender in a process of its own, which sleeps until it is called."""
-
-  def __init__(self, name: str, weights: str, torch_threads: list[int]):
-    threads = [f'{n}' for n in torch_threads]
-    command = [sys.executable, str(pathlib.Path(__file__).resolve()), '--serve', name, weights, '--torch_threads', *threads]
-    self._name, self._process = name, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-  def __call__(self, *request: Any) -> tuple[float, list[list[int]]]:
-    print(json.dumps(request), file=self._process.stdin, flush=True)
-    line = self._process.stdout.readline()
-    if not line:
-      raise SystemExit(f'{self._name} ended with {self._process.wait()}')
-    seconds, tokens = json.loads(line)
-    return seconds, tokens
-
-  def close(self) -> None:
-    self._process.stdin.close()
-    self._process.wait()
-
-
 def prompts(batch: int, seed: int) -> list[list[int]]:
   return np.random.default_rng(seed).integers(0, VOCAB_SIZE - 1, (batch, PROMPT_TOKENS)).tolist()
 
 
-def check_same(contenders: dict[str, Any]) -> None:
+def check_same(rivals: dict[str, Any]) -> None:
   """Ends the script where the two greedy continuations differ."""
   rows = max(BATCHES)
-  (_, mine), *others = (contenders[name](prompts(rows, 0), GREEDY_TOKENS, 0.0, 0) for name in contenders if name.startswith((OURS, THEIRS)))
+  (_, mine), *others = (rivals[name](prompts(rows, 0), GREEDY_TOKENS, 0.0, 0) for name in rivals if name.startswith((OURS, THEIRS)))
   for _, other in others:
     wrong = [row for row in range(rows) if mine[row] != other[row]]
     if wrong:
@@ -212,18 +178,18 @@ def check_same(contenders: dict[str, Any]) -> None:
   print(f'Greedy tokens are the same in both: {rows} rows of {GREEDY_TOKENS}, {kinds:.0f} different ones in a row.\n', flush=True)
 
 
-def compare(contenders: dict[str, Any], repeats: int) -> None:
+def compare(rivals: dict[str, Any], repeats: int) -> None:
   print(f'| model | batch | tokens/s, median of {repeats} | least to most | times Hugging Face | least to most, by turn |')
   print('|---' * 6 + '|')
   for batch in BATCHES:
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    speeds: dict[str, list[float]] = {name: [] for name in rivals}
     for turn in range(-1, repeats):  # the first compiles and warms up
-      for name, contender in contenders.items():
-        seconds, tokens = contender(prompts(batch, turn + 1), NEW_TOKENS, TEMPERATURE, turn + 1)
+      for name, rival in rivals.items():
+        seconds, tokens = rival(prompts(batch, turn + 1), NEW_TOKENS, TEMPERATURE, turn + 1)
         assert [len(row) for row in tokens] == [NEW_TOKENS] * batch, name
         if turn >= 0:
           speeds[name].append(batch * NEW_TOKENS / seconds)
-    best = max((speeds[name] for name in contenders if name.startswith(THEIRS)), key=statistics.median)
+    best = max((speeds[name] for name in rivals if name.startswith(THEIRS)), key=statistics.median)
     for name, speed in speeds.items():
       cells = [name, f'{batch}', f'{statistics.median(speed):,.0f}', f'{min(speed):,.0f} to {max(speed):,.0f}']
       ratios = [mine / other for mine, other in zip(speed, best, strict=True)]

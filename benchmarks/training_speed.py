@@ -1,0 +1,302 @@
+"""Milliseconds of a training step beside PyTorch: the same mathematics in both, and our own block at the same size.
+
+  pip install -e '.[bench]'
+  python benchmarks/training_speed.py [--repeats=7] [--setting=nanogpt_cpu ...]
+
+Settings: nanoGPT's for CPUs (0.80 M parameters, 12 rows of 64 tokens), nanoGPT's 10.6 M model on 8 rows of 256, and an LSTM 512 wide on
+32 rows of 128. A step is forward, backward, a clip of the gradient by its global norm and AdamW, on batches that are made beforehand;
+`LSTM layer` is forward and backward of one layer alone. Each contender has a process of its own that sleeps while another is timed. Ratios
+are to PyTorch with as many threads as cores. The share of the peak is of the fastest of some square float32 products in numpy, measured
+in the same run.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import contenders
+import numpy as np
+
+CORES = os.cpu_count() or 2
+VOCAB_SIZE = 65
+PEAK_LR, FINAL_LR, WARMUP_STEPS, SCHEDULE_STEPS = 1e-3, 1e-4, 100, 2000
+B1, B2, WEIGHT_DECAY, CLIP_NORM = 0.9, 0.99, 0.1, 1.0
+SECONDS_A_TURN = 3.0
+
+Steps = Callable[[int], float]  # takes so many steps; gives the last one's loss
+
+
+class Setting(NamedTuple):
+  batch_size: int
+  sequence_length: int
+  dim: int
+  num_layers: int
+  num_heads: int = 0  # 0: an LSTM
+
+
+SETTINGS = {
+  'nanogpt_cpu': Setting(12, 64, 128, 4, 4),
+  'nanogpt_10m': Setting(8, 256, 384, 6, 6),
+  'lstm': Setting(32, 128, 512, 1),
+  'lstm_layer': Setting(32, 128, 512, 1),
+}
+THEIRS = 'PyTorch'
+NAMES = {
+  'nanogpt_cpu': (THEIRS, 'textgen_jax, same mathematics', 'textgen_jax, own block'),
+  'nanogpt_10m': (THEIRS, 'textgen_jax, same mathematics', 'textgen_jax, own block'),
+  'lstm': (THEIRS, 'textgen_jax'),
+  'lstm_layer': (THEIRS, 'textgen_jax'),
+}
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--repeats', type=int, default=7)
+  parser.add_argument('--setting', nargs='+', default=list(SETTINGS), choices=list(SETTINGS))
+  parser.add_argument('--serve', metavar='SETTING:NAME', help='for the script itself: time what stdin asks for')
+  args = parser.parse_args()
+  if args.serve:
+    setting, _, name = args.serve.partition(':')
+    contenders.serve(make(setting, name))
+    return
+  versions = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'jaxlib', 'torch', 'numpy'))
+  peak = max(product_gflops(size) for size in (512, 1024, 2048))
+  print(f'{CORES} cores; {versions}; largest float32 product: {peak:.0f} GFLOP/s\n')
+  print(f'| setting | | ms a step, median of {args.repeats} | least to most | times {THEIRS} | least to most, by turn | share of peak |')
+  print('|---' * 7 + '|')
+  for setting in args.setting:
+    compare(setting, args.repeats, peak)
+
+
+def compare(setting: str, repeats: int, peak_gflops: float) -> None:
+  rivals = {name: contenders.Apart(__file__, f'{setting}:{name}') for name in NAMES[setting]}
+  steps, times = {}, {name: [] for name in rivals}
+  for name, rival in rivals.items():
+    rival(2)  # compiles, allocates
+    seconds, _ = rival(3)
+    steps[name] = max(3, round(SECONDS_A_TURN / (seconds / 3)))
+  for _ in range(repeats):
+    for name, rival in rivals.items():
+      seconds, loss = rival(steps[name])
+      assert math.isfinite(loss), name
+      times[name].append(seconds / steps[name] * 1e3)
+  for rival in rivals.values():
+    rival.close()
+  theirs = times[THEIRS]
+  for name, ms in times.items():
+    median = statistics.median(ms)
+    ratios = [other / mine for mine, other in zip(ms, theirs, strict=True)]
+    share = flops_a_step(setting) / (median * 1e-3) / (peak_gflops * 1e9)
+    cells = [setting, name, f'{median:.1f}', f'{min(ms):.1f} to {max(ms):.1f}']
+    cells += [f'{statistics.median(ratios):.2f}', f'{min(ratios):.2f} to {max(ratios):.2f}', f'{share:.0%}']
+    print('| ' + ' | '.join(cells) + ' |', flush=True)
+
+
+def flops_a_step(setting: str) -> float:
+  """Multiplications and additions of the products, backward pass included, each masked half of attention too."""
+  s = SETTINGS[setting]
+  if s.num_heads:
+    weights = s.num_layers * 12 * s.dim**2 + VOCAB_SIZE * s.dim
+    a_token = 6 * weights + 12 * s.num_layers * s.dim * s.sequence_length
+  else:
+    a_token = 6 * (s.num_layers * 8 * s.dim**2 + (VOCAB_SIZE * s.dim if setting == 'lstm' else 0))
+  return a_token * s.batch_size * s.sequence_length
+
+
+def product_gflops(size: int, seconds: float = 1.0) -> float:
+  a, b = np.random.default_rng(0).standard_normal((2, size, size)).astype(np.float32)
+  best, began = math.inf, time.perf_counter()
+  while time.perf_counter() - began < seconds:
+    start = time.perf_counter()
+    a @ b
+    best = min(best, time.perf_counter() - start)
+  return 2 * size**3 / best / 1e9
+
+
+def make(setting: str, name: str) -> Steps:
+  if name == THEIRS:
+    return their_layer() if setting == 'lstm_layer' else theirs(setting)
+  return our_layer() if setting == 'lstm_layer' else ours(setting, own_block=name.endswith('own block'))
+
+
+def batches(setting: str, count: int = 16) -> np.ndarray:
+  s = SETTINGS[setting]
+  return np.random.default_rng(0).integers(0, VOCAB_SIZE, (count, s.batch_size, s.sequence_length + 1))
+
+
+def ours(setting: str, own_block: bool) -> Steps:
+  import jax
+
+  from textgen_jax import compilation, sharding
+  from textgen_jax.data import windows
+  from textgen_jax.models import build, lstm, transformer
+  from textgen_jax.training import optimizer, state, step
+
+  compilation.keep_compiled()
+  s = SETTINGS[setting]
+  if not s.num_heads:
+    config: Any = lstm.LSTMConfig(dim=s.dim, num_layers=s.num_layers)
+  elif own_block:
+    config = transformer.TransformerConfig(dim=s.dim, num_layers=s.num_layers, num_heads=s.num_heads)
+  else:
+    config = transformer.TransformerConfig(
+      dim=s.dim, num_layers=s.num_layers, num_heads=s.num_heads, position='learned', norm='layer', activation='gelu', qk_norm=False,
+      tied_embedding=True, init='gpt2',
+    )  # fmt: skip
+  model = build.build(config, VOCAB_SIZE, s.sequence_length)
+  how = optimizer.OptimizerConfig(
+    peak_lr=PEAK_LR, final_lr=FINAL_LR, warmup_steps=WARMUP_STEPS, schedule_steps=SCHEDULE_STEPS, b1=B1, b2=B2,
+    weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM,
+  )  # fmt: skip
+  tx = optimizer.build(how)
+  mesh_config = sharding.ShardingConfig()
+  init, _, _ = state.create(model, tx, 0, 0, mesh_config, sharding.make_mesh(mesh_config))
+  take = jax.jit(step.make_train_step(model, tx, optimizer.make_schedule(how), 1), donate_argnums=0)
+  weights_BT = np.ones((s.batch_size, s.sequence_length), np.float32)
+  texts = [x.astype(np.int32) for x in batches(setting)]
+  made = [jax.device_put(windows.Batch(x[:, :-1], x[:, 1:], weights_BT, None)) for x in texts]
+  train_state = init()
+
+  def steps(count: int) -> float:
+    nonlocal train_state
+    for i in range(count):
+      train_state, sums = take(train_state, made[i % len(made)])
+    total, weight = sums['loss']
+    return float(total) / float(weight)
+
+  return steps
+
+
+def our_layer() -> Steps:
+  import jax
+  import jax.numpy as jnp
+  from flax import linen as nn
+
+  from textgen_jax.models import lstm
+
+  s = SETTINGS['lstm_layer']
+  layer = lstm.LSTMLayer(lstm.LSTMConfig(dim=s.dim, num_layers=1), 'float32')
+  x_TBD = jax.random.normal(jax.random.PRNGKey(0), (s.sequence_length, s.batch_size, s.dim))
+  carry = (jnp.zeros((s.batch_size, s.dim)),) * 2
+  variables = nn.unbox(layer.init(jax.random.PRNGKey(1), x_TBD, carry, None, None, True))
+
+  def total(variables: Any, x_TBD: jax.Array) -> jax.Array:
+    return jnp.square(layer.apply(variables, x_TBD, carry, None, None, True)[0]).sum()
+
+  backward = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
+
+  def steps(count: int) -> float:
+    for _ in range(count):
+      loss, grads = backward(variables, x_TBD)
+    jax.block_until_ready(grads)
+    return float(loss)
+
+  return steps
+
+
+def their_layer() -> Steps:
+  import torch
+
+  torch.set_num_threads(CORES)
+  s = SETTINGS['lstm_layer']
+  layer = torch.nn.LSTM(s.dim, s.dim)
+  x_TBD = torch.randn(s.sequence_length, s.batch_size, s.dim, requires_grad=True)
+
+  def steps(count: int) -> float:
+    for _ in range(count):
+      layer.zero_grad(set_to_none=True)
+      x_TBD.grad = None
+      loss = layer(x_TBD)[0].square().sum()
+      loss.backward()
+    return loss.item()
+
+  return steps
+
+
+def theirs(setting: str) -> Steps:
+  import torch
+
+  torch.manual_seed(0)
+  torch.set_num_threads(CORES)
+  model = their_model(setting)
+  decays = [p for p in model.parameters() if p.dim() > 1]
+  others = [p for p in model.parameters() if p.dim() <= 1]
+  groups = [{'params': decays, 'weight_decay': WEIGHT_DECAY}, {'params': others, 'weight_decay': 0.0}]
+  optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(B1, B2), fused=True)
+  schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(_share_of_peak))
+  made = [torch.from_numpy(x) for x in batches(setting)]
+
+  def steps(count: int) -> float:
+    for i in range(count):
+      x, y = made[i % len(made)][:, :-1], made[i % len(made)][:, 1:]
+      loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+      optimizer.zero_grad(set_to_none=True)
+      loss.backward()
+      torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+      optimizer.step()
+      schedule.step()
+    return loss.item()
+
+  return steps
+
+
+def _share_of_peak(update: int) -> float:
+  if update < WARMUP_STEPS:
+    return update / WARMUP_STEPS
+  done = min(1.0, (update - WARMUP_STEPS) / (SCHEDULE_STEPS - WARMUP_STEPS))
+  return (FINAL_LR + (PEAK_LR - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * done))) / PEAK_LR
+
+
+def their_model(setting: str) -> Any:
+  """GPT-2 without biases (tanh GELU, learned positions), or an LSTM, each with a tied embedding, in PyTorch's own modules."""
+  import torch
+  from torch import nn
+
+  s = SETTINGS[setting]
+
+  class Block(nn.Module):
+    def __init__(self) -> None:
+      super().__init__()
+      self.before_attention, self.before_mlp = nn.LayerNorm(s.dim, bias=False), nn.LayerNorm(s.dim, bias=False)
+      self.qkv, self.out = nn.Linear(s.dim, 3 * s.dim, bias=False), nn.Linear(s.dim, s.dim, bias=False)
+      self.mlp = nn.Sequential(nn.Linear(s.dim, 4 * s.dim, bias=False), nn.GELU('tanh'), nn.Linear(4 * s.dim, s.dim, bias=False))
+
+    def forward(self, x: Any) -> Any:
+      batch, time, dim = x.shape
+      q, k, v = (part.view(batch, time, s.num_heads, -1).transpose(1, 2) for part in self.qkv(self.before_attention(x)).split(dim, dim=2))
+      mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+      x = x + self.out(mixed.transpose(1, 2).reshape(batch, time, dim))
+      return x + self.mlp(self.before_mlp(x))
+
+  class GPT(nn.Module):
+    def __init__(self) -> None:
+      super().__init__()
+      self.token, self.position = nn.Embedding(VOCAB_SIZE, s.dim), nn.Embedding(s.sequence_length, s.dim)
+      self.blocks, self.norm = nn.Sequential(*(Block() for _ in range(s.num_layers))), nn.LayerNorm(s.dim, bias=False)
+      for param in self.parameters():
+        if param.dim() > 1:
+          nn.init.normal_(param, 0.0, 0.02)
+
+    def forward(self, ids: Any) -> Any:
+      x = self.token(ids) + self.position(torch.arange(ids.shape[1]))
+      return self.norm(self.blocks(x)) @ self.token.weight.T
+
+  class Recurrent(nn.Module):
+    def __init__(self) -> None:
+      super().__init__()
+      self.token, self.lstm = nn.Embedding(VOCAB_SIZE, s.dim), nn.LSTM(s.dim, s.dim, s.num_layers, batch_first=True)
+
+    def forward(self, ids: Any) -> Any:
+      return self.lstm(self.token(ids))[0] @ self.token.weight.T
+
+  return GPT() if s.num_heads else Recurrent()
+
+
+if __name__ == '__main__':
+  main()
