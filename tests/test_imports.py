@@ -22,6 +22,8 @@ ORDER = [
   {'experiment'},
   {'workdir', 'command_line', 'compilation', 'signals'},
   {'assembly', 'generator', 'interactive'},
+  {'rerun'},
+  {'watch'},
   {'trainer'},
   {'tools'},
 ]

@@ -1,11 +1,13 @@
 """An experiment's parts, checked and built: all that a run needs before it writes anything."""
 
+import dataclasses
+import math
 import pathlib
 from typing import Any
 
 import jax
 
-from textgen_jax import errors, sharding, workdir
+from textgen_jax import errors, sharding, trees, workdir
 from textgen_jax import experiment as experiment_lib
 from textgen_jax.data import prepare, tokens, windows
 from textgen_jax.models import build
@@ -29,7 +31,7 @@ class Parts:
     for path in (directory, *directory.parents):
       if path.exists() and not path.is_dir():
         raise errors.UserError(f'workdir={str(directory)!r}: {path} is a file')
-    self.directory = directory
+    self.directory, self.hook = directory, hook
     # The step to go on from and what it says of itself; None: a fresh start.
     newest = workdir.newest(directory)
     self.stored_step = None if newest is None else newest[0]
@@ -54,8 +56,9 @@ class Parts:
     tx = optimizer.build(e.optimizer)
     carry_rows = c.batch_size if c.windows == 'contiguous' else 0
     self.init, self.abstract, self.shardings = state.create(self.model, tx, e.seed, carry_rows, e.sharding, self.mesh)
+    deviations = math.inf if c.spike_policy == 'none' else c.spike_deviations
     self.step = jax.jit(
-      step.make_train_step(self.model, tx, optimizer.make_schedule(e.optimizer), c.accumulation_steps, hook),
+      step.make_train_step(self.model, tx, optimizer.make_schedule(e.optimizer), c.accumulation_steps, hook, deviations),
       donate_argnums=0,
       out_shardings=(self.shardings, None),
     )
@@ -95,8 +98,29 @@ class Parts:
         f"workdir={str(self.directory)!r}: its checkpoint's tokenizer has SHA-256 {theirs[:12]}, and this text's has {ours[:12]}"
       )
 
+  def fresh(self) -> state.TrainState:
+    """The state before the first step: from the seed, with the params of `init_from` where that names a run."""
+    params = self.warm_params() if self.experiment.init_from else None
+    train_state = self.init()
+    return train_state if params is None else dataclasses.replace(train_state, params=params)
+
+  def warm_params(self) -> Any:
+    """Another run's params, laid out as this one's."""
+    source = self.experiment.init_from
+    try:
+      other = workdir.load(source)
+    except errors.RunError as error:
+      raise errors.UserError(f'init_from={source!r}: {error}') from error
+    if other.tokenizer.fingerprint() != self.tokenizer.fingerprint():
+      raise errors.UserError(f'init_from={source!r} was trained with another tokenizer than this text gets')
+    ours, theirs = ({name: leaf.shape for name, leaf in trees.named_leaves(p)} for p in (self.abstract.params, other.params))
+    wrong = [f'{n} {theirs.get(n)} -> {ours.get(n)}' for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)]
+    if wrong:
+      raise errors.UserError(f'init_from={source!r} has other parameters: {"; ".join(wrong[:5])}')
+    return jax.device_put(other.params, self.shardings.params)
+
   def batch(self, index: int) -> Any:
-    """The batch of step `index`, on the devices."""
+    """The batch at place `index` of the data, on the devices: the step's number from 0, and the state's `data_offset`."""
     return self.put(self.windows.batch(index))
 
   def put(self, batch: Any) -> Any:

@@ -14,6 +14,7 @@ from textgen_jax.data import corpora
 from textgen_jax.models import build
 from textgen_jax.text import base as text_base
 from textgen_jax.text import build as text_build
+from textgen_jax.training import health
 from textgen_jax.training import optimizer as optimizer_lib
 
 
@@ -32,7 +33,11 @@ class TrainingConfig:
   eval_max_tokens: int = 0  # evaluate on a prefix of the split during training; 0: whole. At the end always whole
   checkpoint_every_steps: int = 500  # 0: only at the end
   keep_checkpoints: int = 2  # the latest: if one is damaged the other is used; the best by val loss is kept beside them
-  keep_every_steps: int = 0  # steps whose number it divides are kept too, where they are saved; 0: none
+  keep_every_steps: int = 0  # checkpoints at multiples of it are kept for good, so that any step can soon be replayed; 0: none is
+  max_skipped_steps: int = 10  # in a row without an update; so many end the run as diverged
+  spike_policy: str = 'none'  # none | skip (the update of a step whose loss is a spike) | rollback (to before it, and past its batches)
+  spike_deviations: float = 6.0  # a loss so many standard deviations above the mean of those before is a spike
+  rollback_steps: int = 100  # how far before a spike a rollback goes
   sample_every_steps: int = -1  # -1: at every evaluation; 0: never
   sample_prompt: str = ''  # empty: the token that stands before a document
   sample_temperatures: tuple[float, ...] = (0.2, 0.5, 1.0, 1.2)
@@ -55,13 +60,14 @@ class Experiment:
   training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
 
 
-# Fields that may differ when a run goes on: none changes a step but for rounding on another mesh.
+# Fields that may differ when a run goes on: none changes a step but for rounding on another mesh, and for what is done about spikes.
 # Where text and tokenizer lie isn't compared: that they are the same is told by their fingerprints.
 MAY_CHANGE = frozenset(
   ['time_limit_minutes', 'training.num_steps', 'training.keep_checkpoints', 'training.profile_steps', 'tokenizer.model_path']
   + [f'data.{name}' for name in ('corpus', 'path', 'field', 'mixture', 'val_fraction')]
   + [f'training.{name}_every_steps' for name in ('log', 'eval', 'checkpoint', 'sample', 'keep')]
   + [f'training.{name}' for name in ('eval_batch_size', 'sample_prompt', 'sample_temperatures', 'sample_tokens')]
+  + [f'training.{name}' for name in ('max_skipped_steps', 'spike_policy', 'spike_deviations', 'rollback_steps')]
   + ['sharding.data', 'sharding.fsdp', 'sharding.rules']
 )
 
@@ -102,6 +108,10 @@ def _check_training(config: TrainingConfig) -> None:
     )
   if config.windows not in ('random', 'contiguous'):
     raise errors.not_among('training.windows', config.windows, ('random', 'contiguous'))
+  if config.spike_policy not in health.POLICIES:
+    raise errors.not_among('training.spike_policy', config.spike_policy, health.POLICIES)
+  if not (math.isfinite(config.spike_deviations) and config.spike_deviations > 0):
+    raise errors.UserError(f'training.spike_deviations={config.spike_deviations} is not a finite number above 0')
   if not 0 <= config.reset_probability <= 1:
     raise errors.UserError(f'training.reset_probability={config.reset_probability} is not in [0, 1]')
   for temperature in config.sample_temperatures:

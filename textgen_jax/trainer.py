@@ -6,7 +6,6 @@
 
 import collections
 import contextlib
-import dataclasses
 import os
 import pathlib
 import signal
@@ -15,15 +14,13 @@ from typing import Any
 
 import jax
 
-from textgen_jax import assembly, errors, signals, trees, workdir
+from textgen_jax import assembly, errors, signals, watch, workdir
 from textgen_jax import experiment as experiment_lib
 from textgen_jax.data import prefetch, tokens
 from textgen_jax.models import base
 from textgen_jax.sampling import generate
 from textgen_jax.sampling.params import SamplingParams
-from textgen_jax.training import checkpoints, evaluate, metrics, progress, state, step
-
-MOST_SKIPPED_STEPS = 10  # on end; a few loud batches are gone past, a run that is broken isn't
+from textgen_jax.training import checkpoints, evaluate, health, metrics, progress, state, step
 
 
 def train(experiment: experiment_lib.Experiment, directory: str | os.PathLike, hook: step.LossHook = step.no_hook) -> evaluate.Score:
@@ -42,7 +39,7 @@ def train(experiment: experiment_lib.Experiment, directory: str | os.PathLike, h
 
   Raises:
     UserError: wrong input; nothing was written to the workdir.
-    Diverged: no update was applied for `MOST_SKIPPED_STEPS` or more.
+    Diverged: no update was applied for `training.max_skipped_steps` in a row, or rollbacks didn't get past a spike.
     Stopped: SIGINT or SIGTERM came; the last finished step is saved. Where no finished step is unsaved, a signal does what it
       does elsewhere (KeyboardInterrupt); in a command that called `signals.watch` it ends the process.
     TimeIsUp: `time_limit_minutes` have passed; the last finished step is saved.
@@ -70,20 +67,21 @@ class _Trainer:
   def __init__(self, parts: assembly.Parts, stop: signals.Stop, began: float):
     self.parts, self.config, self.directory = parts, parts.experiment.training, parts.directory
     self.stop, self.began = stop, began
-    self.warm = self.warm_params() if parts.experiment.init_from and not parts.stored else None
+    self.fresh: Any = parts.fresh() if parts.stored is None else None
     self.flops_per_token = base.flops_per_token(parts.model, parts.abstract.params, self.config.sequence_length)
     self.peak_flops = metrics.peak_flops()
     self.final_score: evaluate.Score | None = None
-    self.skipped = 0  # steps without an update, as last logged
-    self.applied_step = 0  # the last log line before which an update was applied
+    self.skipped = 0  # steps whose loss or gradient was not finite, as last logged
+    self.watch = watch.Watch(parts)
+    self.about: dict[str, Any] = {}  # what each checkpoint tells of itself
 
   def run(self, stack: contextlib.ExitStack) -> state.TrainState:
     """Everything up to the last step's checkpoint and score."""
     c = self.config
     # Whatever ends the run, what was begun to be saved is saved.
-    self.kept = stack.enter_context(
-      contextlib.closing(checkpoints.Checkpoints(self.directory, c.keep_checkpoints, c.keep_every_steps))
-    )
+    behind = c.rollback_steps if c.spike_policy == 'rollback' else 0
+    kept = checkpoints.Checkpoints(self.directory, c.keep_checkpoints, keep_every=c.keep_every_steps, keep_behind=behind)
+    self.kept = stack.enter_context(contextlib.closing(kept))
     train_state, first = self.start()
     # A run that was stopped while it evaluated has saved the step, and not its score.
     unscored = first > 0 and self.evaluates(first) and not self.kept.is_scored(first)
@@ -91,9 +89,22 @@ class _Trainer:
     if unscored:
       self.score_step(first, train_state)
     if first < c.num_steps:
-      return self.loop(self.compile(train_state, first), train_state, first)
+      return self.train(self.compile(train_state, first), train_state)
     progress.say(f'{self.directory} has trained {first} steps already; training.num_steps={c.num_steps} asks for no more')
     return train_state
+
+  def train(self, compiled: Any, train_state: state.TrainState) -> state.TrainState:
+    """The loop, entered anew after each rollback."""
+    while True:
+      try:
+        return self.loop(compiled, train_state, int(train_state.step))
+      except health.Spiked as error:
+        spike = error
+      spike.__traceback__ = None  # the loop's state, gigabytes perhaps, goes before another one comes
+      train_state = self.watch.roll_back(compiled, spike, self.kept, self.stop)
+      back = int(train_state.step)
+      self.writer.go_back(back)
+      self.writer.write(back + 1, {'rollback/spike_step': spike.step, 'rollback/data_offset': int(train_state.data_offset)})
 
   def finish(self, train_state: state.TrainState) -> evaluate.Score:
     """The whole val split's score."""
@@ -107,10 +118,7 @@ class _Trainer:
     """The state to go on from and its step; writes the workdir's configuration."""
     parts, first = self.parts, self.parts.stored_step
     if first is None:
-      train_state = parts.init()
-      if self.warm is not None:
-        train_state = dataclasses.replace(train_state, params=self.warm)
-        self.warm = None  # the step donates them
+      train_state, self.fresh = self.fresh, None  # the step donates it
     else:
       train_state = self.kept.restore(first, checkpoints.with_shardings(parts.abstract, parts.shardings))
       self.kept.set_aside_after(first)
@@ -127,32 +135,19 @@ class _Trainer:
     progress.say(progress.parameter_table(parts.abstract.params))
     return train_state, first or 0
 
-  def warm_params(self) -> Any:
-    """Another run's params, laid out as this one's."""
-    source = self.parts.experiment.init_from
-    try:
-      other = workdir.load(source)
-    except errors.RunError as error:
-      raise errors.UserError(f'init_from={source!r}: {error}') from error
-    if other.tokenizer.fingerprint() != self.parts.tokenizer.fingerprint():
-      raise errors.UserError(f'init_from={source!r} was trained with another tokenizer than this text gets')
-    ours, theirs = ({name: leaf.shape for name, leaf in trees.named_leaves(p)} for p in (self.parts.abstract.params, other.params))
-    wrong = [f'{n} {theirs.get(n)} -> {ours.get(n)}' for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)]
-    if wrong:
-      raise errors.UserError(f'init_from={source!r} has other parameters: {"; ".join(wrong[:5])}')
-    return jax.device_put(other.params, self.parts.shardings.params)
-
   def loop(self, compiled: Any, train_state: state.TrainState, first: int) -> state.TrainState:
     """Trains from step `first` on. Step n is dispatched before step n - 1's numbers are read."""
     c = self.config
     asked = experiment_lib.parse_profile_steps(c.profile_steps)
     profiled = range(max(asked.start, first + 1), asked.stop)
-    running: collections.deque[step.Sums] = collections.deque()
+    running: collections.deque[tuple[int, step.Sums]] = collections.deque()
+    self.watch.begin(train_state)
+    self.about['data_jumps'] = [list(jump) for jump in self.watch.jumps]
     with contextlib.ExitStack() as stack:
       self.bar = stack.enter_context(contextlib.closing(progress.Progress(first, c.num_steps)))
-      batches = stack.enter_context(contextlib.closing(prefetch.prefetch(self.parts.batch, first, c.num_steps)))
+      batches = stack.enter_context(contextlib.closing(prefetch.prefetch(self.watch.batch, first, c.num_steps)))
       trace = stack.enter_context(contextlib.ExitStack())
-      self.skipped, self.applied_step = int(train_state.step - train_state.updates), first
+      self.skipped = int(train_state.step - train_state.updates - train_state.health.spiked_steps)
       self.logged_at, self.logged_step = time.monotonic(), first
       self.stop.hold()
       due: tuple[int, step.Sums] | None = None
@@ -161,13 +156,13 @@ class _Trainer:
           jax.block_until_ready(train_state)
           trace.enter_context(jax.profiler.trace(str(self.directory / 'profile')))
         train_state, sums = compiled(train_state, batch)
-        running.append(sums)
+        running.append((done, sums))
         if due:
           self.log(*due)
         due = (done, sums) if done % c.log_every_steps == 0 or done == c.num_steps else None
         if len(running) > 1:
           # Two steps in flight keep the device busy; more would only delay Ctrl-C.
-          jax.block_until_ready(running.popleft())
+          self.watch.look(*running.popleft(), train_state)
         self.kept.check()
         self.bar.step()
         if profiled and done == profiled[-1]:
@@ -177,6 +172,8 @@ class _Trainer:
           if due:
             self.log(*due)
           due = None
+          while running:  # nothing is saved of what a rollback will undo
+            self.watch.look(*running.popleft(), train_state)
           self.pause(done, train_state)
     return train_state
 
@@ -241,20 +238,18 @@ class _Trainer:
     self.kept.score(done, score.loss_nats)
 
   def log(self, done: int, sums: step.Sums) -> None:
-    values = {name: float(total) / max(float(weight), 1e-30) for name, (total, weight) in jax.device_get(sums).items()}
+    values = step.means(sums)
     now = time.monotonic()
     steps, seconds = done - self.logged_step, now - self.logged_at
     tokens_per_s = steps * self.config.batch_size * self.config.sequence_length / max(seconds, 1e-9)
     mfu = None if self.peak_flops is None else tokens_per_s * self.flops_per_token / self.peak_flops
-    skipped = int(values.pop('skipped_steps'))
-    if skipped - self.skipped < steps:
-      self.applied_step = done
-    elif done - self.applied_step >= min(MOST_SKIPPED_STEPS, self.config.num_steps):
-      raise errors.Diverged(f'steps {self.applied_step + 1} to {done}: no loss and gradient was finite, so no update was applied')
+    del values['skipped_in_a_row']
+    skipped, spiked = int(values.pop('skipped_steps')), int(values.pop('spiked_steps'))
     if skipped > self.skipped:
       progress.say(f'step {done}: {skipped} steps so far were skipped, their loss or gradient was not finite')
     record = {f'train/{name}': metrics.jsonable(value) for name, value in values.items()}
-    record |= {'train/tokens_per_s': tokens_per_s, 'train/skipped_steps': skipped} | ({} if mfu is None else {'train/mfu': mfu})
+    record |= {'train/tokens_per_s': tokens_per_s, 'train/skipped_steps': skipped, 'train/spiked_steps': spiked}
+    record |= {} if mfu is None else {'train/mfu': mfu}
     self.writer.write(done, record)
     self.bar.log(done, values['loss'], tokens_per_s, mfu)
     self.logged_at, self.logged_step, self.skipped = now, done, skipped

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from textgen_jax.data import windows
 from textgen_jax.models import build, lstm, transformer
-from textgen_jax.training import state
+from textgen_jax.training import health, state
 
 CONFIGS = {
   # vocab_multiple: 11 ids are padded to 12, so that -inf stands among the logits.
@@ -61,7 +61,16 @@ def make_params():
 def make_state():
   def make(params, tx, carry=None, seed=0):
     zero = jnp.zeros((), jnp.int32)
-    return state.TrainState(zero, zero, jax.random.PRNGKey(seed), params, tx.init(params), carry)
+    return state.TrainState(
+      step=zero,
+      updates=zero,
+      data_offset=zero,
+      root_key=jax.random.PRNGKey(seed),
+      health=health.fresh(),
+      params=params,
+      opt_state=tx.init(params),
+      carry=carry,
+    )
 
   return make
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from textgen_jax import errors, trees
-from textgen_jax.training import checkpoints, integrity, optimizer, state
+from textgen_jax.training import checkpoints, health, integrity, optimizer, state
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 ABOUT = {'experiment': {'seed': 3}, 'tokenizer': {'tokenizer.json': {'characters': 'aé😀'}}}
@@ -26,7 +26,16 @@ def make(seed=0, carry=True, step=5):
   opt_state = jax.tree.map(lambda x: x + jnp.asarray(7, x.dtype), tx.init(params))
   count = jnp.asarray(step, jnp.int32)
   rows = {'hidden': jnp.asarray(rng.standard_normal((2, 3)), jnp.float32)} if carry else None
-  return state.TrainState(count, count - 1, jnp.array([1, 2**32 - 1], jnp.uint32), params, opt_state, rows)
+  return state.TrainState(
+    step=count,
+    updates=count - 1,
+    data_offset=count + 3,
+    root_key=jnp.array([1, 2**32 - 1], jnp.uint32),
+    health=health.fresh().replace(loss_mean=jnp.float32(1 / 3)),
+    params=params,
+    opt_state=opt_state,
+    carry=rows,
+  )
 
 
 def abstract(tree):
@@ -278,7 +287,7 @@ def test_every_so_many_steps_are_kept_and_later_ones_forgotten(tmp_path):
   save(kept, 8, None)
   kept.wait()
   assert kept.problem(8) is None
-  kept.forget_after(None)
+  kept.forget_after(0)
   assert kept.steps() == []
   assert kept.newest_good() is None
 

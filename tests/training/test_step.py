@@ -12,7 +12,7 @@ import pytest
 from textgen_jax import trees
 from textgen_jax.data import tokens, windows
 from textgen_jax.models import attention, transformer
-from textgen_jax.training import losses, optimizer, step
+from textgen_jax.training import health, losses, optimizer, step
 
 no_rate = optax.constant_schedule(0.0)
 
@@ -55,7 +55,7 @@ def test_accumulation_equals_the_large_batch(model, make_params, make_batch, mak
   batch.weights_BT[::4] *= 0.01  # so that micro-batches differ in how much they weigh
   old = make_state(make_params(model), recorder, random_carry(model, rows) if model.window is None else None)
   whole, whole_sums = jax.jit(step.make_train_step(model, recorder, no_rate, 1, weighing_hook))(old, batch)
-  assert set(whole_sums) == {'loss', 'accuracy', 'grad_norm', 'learning_rate', 'skipped_steps'}
+  assert set(whole_sums) == {'loss', 'accuracy', 'grad_norm', 'learning_rate', 'skipped_steps', 'spiked_steps', 'skipped_in_a_row'}
   np.testing.assert_allclose(whole_sums['loss'][1], batch.weights_BT.sum())
   for accumulation_steps in (2, 4):
     parts, parts_sums = jax.jit(step.make_train_step(model, recorder, no_rate, accumulation_steps, weighing_hook))(old, batch)
@@ -94,6 +94,13 @@ def infinite_gradient(inputs):
   return weight * jnp.square(inputs.hidden_BTD).sum(), {}
 
 
+def huge_gradient(inputs):
+  """A finite term of a finite gradient, 1e30, whose squares overflow."""
+  bad = (inputs.batch.tokens_BT == BAD).any()
+  change = inputs.hidden_BTD - jax.lax.stop_gradient(inputs.hidden_BTD)
+  return jnp.where(bad, 1e30, 0.0) * change.sum(), {}
+
+
 def gradient_alone(inputs):
   """A finite term, whose gradient isn't: the root's at 0."""
   bad = (inputs.batch.tokens_BT == BAD).any()
@@ -101,30 +108,61 @@ def gradient_alone(inputs):
 
 
 @pytest.mark.parametrize(
-  ('hook', 'accumulation_steps'), [(constant_nan, 1), (constant_nan, 2), (infinite_gradient, 2), (gradient_alone, 1)]
+  ('hook', 'accumulation_steps'),
+  [(constant_nan, 1), (constant_nan, 2), (infinite_gradient, 2), (gradient_alone, 1), (huge_gradient, 1), (huge_gradient, 2)],
 )
 def test_a_step_that_is_not_finite_changes_nothing_but_the_step(
-  hook, accumulation_steps, make_model, make_params, make_batch, make_state
+  hook, accumulation_steps, model, make_params, make_batch, make_state
 ):
-  model = make_model('lstm')
   config = optimizer.OptimizerConfig(peak_lr=0.1, warmup_steps=8, schedule_steps=20)
   tx, schedule = optimizer.build(config), optimizer.make_schedule(config)
   train_step = jax.jit(step.make_train_step(model, tx, schedule, accumulation_steps, hook))
   clean = [batch._replace(tokens_BT=np.where(batch.tokens_BT == BAD, 0, batch.tokens_BT)) for batch in map(make_batch, (4, 4, 4))]
   bad = clean[1]._replace(tokens_BT=clean[1].tokens_BT.copy())
   bad.tokens_BT[1, 2] = BAD
-  before, _ = train_step(make_state(make_params(model), tx, random_carry(model, 4)), clean[0])
+  carry = random_carry(model, 4) if model.window is None else None
+  before, _ = train_step(make_state(make_params(model), tx, carry), clean[0])
   after, sums = train_step(before, bad)
-  for field in ('params', 'opt_state', 'carry', 'updates', 'root_key'):
+  for field in ('params', 'opt_state', 'carry', 'updates', 'root_key', 'data_offset'):
     assert_trees_equal(getattr(after, field), getattr(before, field))
+  assert_trees_equal(after.health, dataclasses.replace(before.health, skipped_in_a_row=jnp.int32(1)))
   assert (before.step, after.step) == (1, 2)
-  assert sums['skipped_steps'][0] == 1
+  assert not np.isfinite(sums['grad_norm'][0]) or hook is constant_nan
+  assert [sums[name][0] for name in step.COUNTS] == [1, 0, 1]
+  again, sums = train_step(after, bad)
+  assert_trees_equal(again.params, before.params)
+  assert [sums[name][0] for name in step.COUNTS] == [2, 0, 2]
   # It goes on: the next update is the second of the warm-up, with finite numbers everywhere.
   last, sums = train_step(after, clean[2])
-  assert (last.step, last.updates, sums['skipped_steps'][0]) == (3, 2, 1)
+  assert (last.step, last.updates) == (3, 2)
+  assert [sums[name][0] for name in step.COUNTS] == [1, 0, 0]
   np.testing.assert_allclose(sums['learning_rate'][0], 0.1 * 2 / 8, rtol=1e-6)
   assert all(np.isfinite(leaf).all() for _, leaf in trees.named_leaves(last))
   assert all((x != y).any() for (_, x), (_, y) in zip(*map(trees.named_leaves, (last.params, after.params)), strict=True))
+
+
+def test_a_spike_is_skipped_where_it_is_asked_for(model, make_params, make_batch, make_state):
+  config = optimizer.OptimizerConfig(peak_lr=0.1, warmup_steps=8, schedule_steps=20)
+  tx = optimizer.build(config)
+  heeding, heedless = (jax.jit(step.make_train_step(model, tx, no_rate, 2, spike_deviations=deviations)) for deviations in (3.0, np.inf))
+  carry = random_carry(model, 4) if model.window is None else None
+  old = make_state(make_params(model), tx, carry)
+  plain, sums = heedless(old, make_batch(4))
+  loss = sums['loss'][0] / sums['loss'][1]
+  assert_trees_equal(heeding(old, make_batch(4))[0].params, plain.params)  # there were too few losses to know
+  np.testing.assert_allclose(plain.health.loss_mean, loss, rtol=1e-6)
+  for deviation, skipped in ((0.31, True), (0.35, False)):  # of which the loss stands 1 above the mean
+    seen = health.fresh().replace(loss_mean=loss - 1, loss_variance=jnp.float32(deviation**2), losses=jnp.int32(99))
+    before = dataclasses.replace(old, health=seen)
+    after, sums = heeding(before, make_batch(4))
+    assert [sums[name][0] for name in step.COUNTS] == [0, skipped, skipped]
+    if skipped:
+      assert_trees_equal(after, dataclasses.replace(before, step=after.step, health=after.health))
+      assert_trees_equal(after.health, seen.replace(spiked_steps=jnp.int32(1), skipped_in_a_row=jnp.int32(1)))
+    else:
+      assert_trees_equal(after.params, plain.params)
+      assert after.health.losses == 100
+    assert_trees_equal(heedless(before, make_batch(4))[0].params, plain.params)
 
 
 def test_a_batch_without_weight_is_no_division_by_zero(model, make_params, make_batch, make_state, recorder):
@@ -133,7 +171,23 @@ def test_a_batch_without_weight_is_no_division_by_zero(model, make_params, make_
   old = make_state(make_params(model), recorder)
   new, _ = plain_step(model, recorder, 1)(old, batch)
   assert_trees_equal(new.params, old.params)
-  assert new.updates == 1
+  assert (new.updates, new.health.losses) == (1, 0)  # nor a loss of 0
+
+
+def test_micro_batches_outside_of_the_step_are_those_within(model, make_params, make_batch, make_state):
+  """The same rows, carries and keys: dropout and the hook draw the same."""
+  drawn = []
+
+  def hook(inputs):
+    term = (jax.random.uniform(inputs.key) * inputs.nll_BT * inputs.batch.weights_BT).sum()
+    return term, {'term': (term, jnp.ones(()))}
+
+  old = make_state(make_params(model), optax.sgd(0.0), random_carry(model, 6) if model.window is None else None)
+  _, sums = jax.jit(step.make_train_step(model, optax.sgd(0.0), no_rate, 3, hook))(old, make_batch(6))
+  for batch, carry, key in step.each_micro_batch(3, make_batch(6), old.carry, jax.random.fold_in(old.root_key, old.step)):
+    drawn.append(step.loss_terms(model, hook, old.params, carry, batch, key))
+  np.testing.assert_allclose(sum(terms.extra for terms in drawn), sums['term'][0], rtol=1e-5)
+  np.testing.assert_allclose(sum(terms.loss for terms in drawn), sums['loss'][0], rtol=1e-5)
 
 
 def test_a_hook_adds_a_hand_worked_gradient(model, make_params, make_batch, make_state, recorder):

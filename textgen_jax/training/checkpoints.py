@@ -24,14 +24,16 @@ LEFTOVERS = ('*.orbax-checkpoint-tmp*', '*.deleted')  # of a process that was ki
 class Checkpoints:
   """A workdir's `checkpoints/`: the latest ones, the best by val loss, and every `keep_every`-th are kept.
 
+  With `keep_behind` also the newest that is so many steps older than the latest, which a rollback goes back to, and those after it.
+
   Each step holds `params`, `state` (the rest of `TrainState`), `about` (JSON: the experiment, the tokenizer's files, the
   fingerprint of what the batches are made of, every leaf's shape and dtype) and the manifest of their files, committed by one
   rename. A step is read only where it is as it was written.
   """
 
-  def __init__(self, workdir: pathlib.Path, keep_latest: int = 1, keep_every: int = 0, read_only: bool = False):
+  def __init__(self, workdir: pathlib.Path, keep_latest: int = 1, keep_every: int = 0, keep_behind: int = 0, read_only: bool = False):
     self._directory = workdir.absolute() / 'checkpoints'
-    self._keep_latest, self._keep_every = keep_latest, keep_every
+    self._keep_latest, self._keep_every, self._keep_behind = keep_latest, keep_every, keep_behind
     self._saving: int | None = None  # the step that is on its way to the disk
     self._problems: dict[tuple[int, tuple[str, ...]], str | None] = {}  # what was looked at already
     handlers = {'params': ocp.StandardCheckpointHandler(), 'state': ocp.StandardCheckpointHandler(), 'about': ocp.JsonCheckpointHandler()}
@@ -167,10 +169,11 @@ class Checkpoints:
       raise errors.NoGoodCheckpoint(f'{self._directory}: none of its {len(steps)} checkpoints is good; {why}')
     return step
 
-  def forget_after(self, step: int | None) -> None:
-    """Deletes every later step (all for None): the run takes them anew."""
+  def forget_after(self, step: int) -> None:
+    """Deletes every later step: the run takes them anew."""
+    self.wait()
     for later in self.steps():
-      if step is None or later > step:
+      if later > step:
         self._delete(later)
 
   def set_aside_after(self, step: int) -> None:
@@ -185,6 +188,9 @@ class Checkpoints:
   def _prune(self) -> None:
     steps = self.steps()
     keep = {*steps[-self._keep_latest :], *self.best_steps()[:1], *(s for s in steps if self._keep_every and s % self._keep_every == 0)}
+    if self._keep_behind:
+      first = max((s for s in steps if s <= steps[-1] - self._keep_behind), default=0)
+      keep |= {s for s in steps if s >= first}
     for step in steps:
       if step not in keep:
         self._delete(step)

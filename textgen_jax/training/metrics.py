@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -50,11 +51,19 @@ class Writer:
 
   def __init__(self, workdir: pathlib.Path, restored_step: int, unscored: bool = False):
     self._path = workdir / 'metrics.jsonl'
+    self._open(restored_step, unscored)
+
+  def _open(self, restored_step: int, unscored: bool = False) -> None:
     records = cut_after(self._path, restored_step, unscored)
     self._last = {name for record in records if record['step'] == restored_step for name in record}
     self._restored_step = restored_step
     self._file = self._path.open('a', encoding='utf-8')
-    self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=restored_step + 1)
+    self._events = tensorboardX.SummaryWriter(str(self._path.parent), purge_step=restored_step + 1)
+
+  def go_back(self, restored_step: int) -> None:
+    """Cuts what lies past a step that training goes on from once more."""
+    self.close()
+    self._open(restored_step)
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     self._file.write(json.dumps({'step': step, **values}) + '\n')
@@ -78,29 +87,39 @@ class Writer:
     self._events.close()
 
 
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The records, but for what a killed process or a full disk left unfinished."""
+  return [record for record, _ in _read_lines(path)]
+
+
+def _read_lines(path: pathlib.Path) -> Iterator[tuple[dict[str, Any], str]]:
+  for line in path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else []:
+    try:
+      record = json.loads(line)
+    except (ValueError, RecursionError):
+      continue
+    if isinstance(record, dict) and isinstance(record.get('step'), int):
+      yield record, line + '\n'
+
+
 def cut_after(path: pathlib.Path, step: int, unscored: bool = False) -> list[dict[str, Any]]:
-  """Drops records past `step`, its scores where it is `unscored`, and what a killed process or a full disk left unfinished.
+  """Drops records past `step`, its scores where it is `unscored`, and what `read` passes over.
 
   Returns:
     The records that are left.
   """
   if not path.exists():
     return []
-  kept, lines = [], []
-  for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-    try:
-      record = json.loads(line)
-    except (ValueError, RecursionError):
-      continue
-    if not isinstance(record, dict) or not isinstance(record.get('step'), int) or record['step'] > step:
-      continue
-    if not (unscored and record['step'] == step and any(name.startswith('val') for name in record)):
-      kept.append(record)
-      lines.append(line + '\n')
+
+  def stays(record: dict[str, Any]) -> bool:
+    scored = any(name.startswith('val') for name in record)
+    return record['step'] < step or (record['step'] == step and not (unscored and scored))
+
+  kept = [(record, line) for record, line in _read_lines(path) if stays(record)]
   temporary = path.with_suffix('.tmp')
-  temporary.write_text(''.join(lines), encoding='utf-8')
+  temporary.write_text(''.join(line for _, line in kept), encoding='utf-8')
   os.replace(temporary, path)
-  return kept
+  return [record for record, _ in kept]
 
 
 def jsonable(value: float | None) -> float | None:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from textgen_jax import sharding
 from textgen_jax.models import base
+from textgen_jax.training import health
 
 
 @struct.dataclass
@@ -18,8 +19,10 @@ class TrainState:
   """Data only: model and optimizer are closed over by the step."""
 
   step: jax.Array  # batches consumed; always advances
-  updates: jax.Array  # updates applied; `step` less the steps whose loss or gradient wasn't finite
+  updates: jax.Array  # updates applied; `step` less the steps whose loss or gradient wasn't finite, or whose loss was a spike
+  data_offset: jax.Array  # batches skipped on purpose: the next one is that of `step + data_offset`
   root_key: jax.Array  # uint32 key data; step keys are fold_in(root_key, step)
+  health: health.Health
   params: Any
   opt_state: Any
   carry: Any  # the model's cache between contiguous batches; None with random windows
@@ -53,7 +56,16 @@ def create(
     params = nn.unbox(base.init_params(model, init_key))
     carry = model.init_cache(carry_rows, 0) if carry_rows else None
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(step=zero, updates=zero, root_key=root_key, params=params, opt_state=tx.init(params), carry=carry)
+    return TrainState(
+      step=zero,
+      updates=zero,
+      data_offset=zero,
+      root_key=root_key,
+      health=health.fresh(),
+      params=params,
+      opt_state=tx.init(params),
+      carry=carry,
+    )
 
   abstract = jax.eval_shape(init)
   params = sharding.param_shardings(jax.eval_shape(lambda: base.init_params(model, jax.random.PRNGKey(0))), config, mesh)
@@ -61,7 +73,9 @@ def create(
   shardings = TrainState(
     step=everywhere,
     updates=everywhere,
+    data_offset=everywhere,
     root_key=everywhere,
+    health=jax.tree.map(lambda _: everywhere, abstract.health),
     params=params,
     opt_state=sharding.optimizer_shardings(tx, abstract.opt_state, params, mesh),
     carry=jax.tree.map(lambda _: sharding.batch_sharding(config, mesh), abstract.carry),

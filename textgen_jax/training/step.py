@@ -1,7 +1,8 @@
 """One training step: gradients summed over micro-batches, one guarded update."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import optax
 from textgen_jax import errors
 from textgen_jax.data import windows
 from textgen_jax.models import base
-from textgen_jax.training import losses, state
+from textgen_jax.training import health, losses, state
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight); the division happens on the host
 
@@ -37,7 +38,8 @@ def no_hook(inputs: LossInputs) -> tuple[jax.Array, Sums]:
   return jnp.zeros(()), {}
 
 
-RESERVED = ('loss', 'objective', 'grad_norm', 'learning_rate', 'skipped_steps', 'tokens_per_s', 'mfu')
+COUNTS = ('skipped_steps', 'spiked_steps', 'skipped_in_a_row')  # of all steps so far
+RESERVED = ('loss', 'objective', 'grad_norm', 'learning_rate', *COUNTS, 'tokens_per_s', 'mfu')
 
 
 def check_hook(extra: Any, metrics: Any) -> None:
@@ -51,36 +53,86 @@ def check_hook(extra: Any, metrics: Any) -> None:
       raise errors.UserError(f"the loss hook's metric {name!r} is not a pair of scalars (sum, weight)")
 
 
+class Terms(NamedTuple):
+  """The loss of one micro-batch, in its parts."""
+
+  loss: jax.Array  # nats, summed over tokens by weight
+  extra: jax.Array  # the hook's term
+  weight: jax.Array
+  metrics: Sums  # the hook's
+  nll_BT: jax.Array  # nats
+  hidden_BTD: jax.Array
+  carry: Any
+  sown: Any
+
+
+def loss_terms(
+  model: base.LanguageModel,
+  hook: LossHook,
+  params: Any,
+  carry: Any,
+  batch: windows.Batch,
+  key: jax.Array,
+  collections: Sequence[str] = ('intermediates',),
+) -> Terms:
+  """The forward pass of training: dropout is on, and `collections` are what modules may sow into."""
+  dropout_key, hook_key = jax.random.split(key)
+  (hidden_BTD, carry), sown = model.apply(
+    {'params': params},
+    batch.tokens_BT,
+    cache=carry,
+    starts_BT=batch.starts_BT,
+    deterministic=False,
+    rngs={'dropout': dropout_key},
+    mutable=list(collections),
+  )
+
+  def unembed(hidden_BTD: jax.Array) -> jax.Array:
+    return model.apply({'params': params}, hidden_BTD, method='unembed')
+
+  nll_BT = losses.nll(unembed(hidden_BTD), batch.targets_BT)
+  loss, weight = (nll_BT * batch.weights_BT).sum(), batch.weights_BT.sum()
+  inputs = LossInputs(params, batch, hidden_BTD, unembed, nll_BT, sown.get('intermediates', {}), hook_key)
+  extra, metrics = hook(inputs)
+  check_hook(extra, metrics)
+  return Terms(loss, extra, weight, metrics, nll_BT, hidden_BTD, carry, sown)
+
+
+def each_micro_batch(accumulation_steps: int, batch: Any, carry: Any, key: jax.Array) -> list[tuple[Any, Any, jax.Array]]:
+  """What the step goes through in turn, outside of it: each micro-batch with its carry and its key.
+
+  Row r goes to micro-batch r % steps, so that each is spread over all devices.
+  """
+
+  def rows(i: int) -> Any:
+    return jax.tree.map(lambda x: x[i::accumulation_steps], (batch, carry))
+
+  return [(*rows(i), jax.random.fold_in(key, i)) for i in range(accumulation_steps)]
+
+
+def means(sums: Sums) -> dict[str, float]:
+  """The metrics of a step, on the host."""
+  return {name: float(total) / max(float(weight), 1e-30) for name, (total, weight) in jax.device_get(sums).items()}
+
+
 def make_train_step(
   model: base.LanguageModel,
   tx: optax.GradientTransformation,
   schedule: optax.Schedule,
   accumulation_steps: int,
   hook: LossHook = no_hook,
+  spike_deviations: float = math.inf,
 ) -> Callable[[state.TrainState, windows.Batch], tuple[state.TrainState, Sums]]:
-  """The step, to be jitted with its state donated."""
+  """The step, to be jitted with its state donated.
+
+  A step whose loss or gradient isn't finite leaves parameters, moments, the schedule's count and the carry as they
+  were, and so does one whose loss stands `spike_deviations` above the losses before; infinity lets all spikes through.
+  """
 
   def loss_sum(params: Any, carry: Any, batch: windows.Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Sums]]:
-    dropout_key, hook_key = jax.random.split(key)
-    (hidden_BTD, carry), sown = model.apply(
-      {'params': params},
-      batch.tokens_BT,
-      cache=carry,
-      starts_BT=batch.starts_BT,
-      deterministic=False,
-      rngs={'dropout': dropout_key},
-      mutable=['intermediates'],
-    )
-
-    def unembed(hidden_BTD: jax.Array) -> jax.Array:
-      return model.apply({'params': params}, hidden_BTD, method='unembed')
-
-    nll_BT = losses.nll(unembed(hidden_BTD), batch.targets_BT)
-    loss, weight = (nll_BT * batch.weights_BT).sum(), batch.weights_BT.sum()
-    inputs = LossInputs(params, batch, hidden_BTD, unembed, nll_BT, sown.get('intermediates', {}), hook_key)
-    extra, metrics = hook(inputs)
-    check_hook(extra, metrics)
-    return loss + extra, (carry, {**metrics, 'loss': (loss, weight), 'objective': (loss + extra, weight)})
+    terms = loss_terms(model, hook, params, carry, batch, key)
+    objective = terms.loss + terms.extra
+    return objective, (terms.carry, {**terms.metrics, 'loss': (terms.loss, terms.weight), 'objective': (objective, terms.weight)})
 
   grad_fn = jax.grad(loss_sum, has_aux=True)
 
@@ -111,24 +163,31 @@ def make_train_step(
     key = jax.random.fold_in(old.root_key, old.step)
     grads, carry, sums = summed_grads(old.params, old.carry, batch, key)
     objective, weight = sums.pop('objective')  # the loss and the hook's term
-    weight = jnp.maximum(weight, 1.0)
-    grads = jax.tree.map(lambda g: g / weight, grads)
-    norm = optax.tree.norm(grads)
+    mean_loss = sums['loss'][0] / jnp.maximum(weight, 1.0)
+    grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), grads)
+    norm = optax.tree.norm(grads)  # finite gradients of 1e19 and above overflow it, and the step is bad then too
     updates, opt_state = tx.update(grads, old.opt_state, old.params)
     one = jnp.ones(())
-    # A bad step leaves parameters, moments, the schedule's count and the carry as they were.
     good = jnp.isfinite(objective) & jnp.isfinite(norm)
+    spiked = good & health.is_spike(old.health, mean_loss, spike_deviations)
+    applied = good & ~spiked
     params, opt_state, carry = jax.tree.map(
-      lambda new, previous: jnp.where(good, new, previous),
+      lambda new, previous: jnp.where(applied, new, previous),
       (optax.apply_updates(old.params, updates), opt_state, carry),
       (old.params, old.opt_state, old.carry),
     )
-    new = dataclasses.replace(old, step=old.step + 1, updates=old.updates + good, params=params, opt_state=opt_state, carry=carry)
-    sums |= {
-      'grad_norm': (norm, one),
-      'learning_rate': (schedule(old.updates), one),
-      'skipped_steps': ((new.step - new.updates).astype(jnp.float32), one),
-    }
-    return new, sums
+    new = dataclasses.replace(
+      old,
+      step=old.step + 1,
+      updates=old.updates + applied,
+      params=params,
+      opt_state=opt_state,
+      carry=carry,
+      health=health.observe(old.health, mean_loss, counts=applied & (weight > 0), applied=applied, spiked=spiked),
+    )
+    fares = new.health
+    counts = new.step - new.updates - fares.spiked_steps, fares.spiked_steps, fares.skipped_in_a_row
+    sums |= {'grad_norm': (norm, one), 'learning_rate': (schedule(old.updates), one)}
+    return new, sums | {name: (count.astype(jnp.float32), one) for name, count in zip(COUNTS, counts, strict=True)}
 
   return train_step
