@@ -29,7 +29,7 @@ def check_line(stderr, *parts):
   lines = [line for line in stderr.strip().splitlines() if not line.startswith('sentencepiece: learning ')]
   assert len(lines) == 1, stderr
   assert lines[0].startswith('error: ')
-  assert len(lines[0]) <= 400
+  assert len(lines[0]) <= 300
   for part in parts:
     assert part in lines[0], lines[0]
 

@@ -222,6 +222,7 @@ def setting(name, value):
     (lambda header: header.update(batch_size='8'), 0, ["batch_size='8'", 'int']),
     (lambda header: header.update(sttings=[]), 0, ['sttings', "did you mean 'settings'?"]),
     (lambda header: header.update(checkpoint={}), 0, ['params_sha256']),
+    (lambda header: header['checkpoint'].pop('step') and None, 0, ['checkpoint.step', 'no step']),
     (lambda header: header['checkpoint'].update(step=-1), 0, ['checkpoint.step=-1']),
     (lambda header: header['checkpoint'].update(step=None), 0, ['no step']),
     (lambda header: header['checkpoint'].update(step=5), 0, ["checkpoint='5'", '6']),

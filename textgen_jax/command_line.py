@@ -1,5 +1,6 @@
 """Flags in, an experiment out; every user's mistake as one line and an exit code."""
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -21,6 +22,7 @@ from textgen_jax import errors
 from textgen_jax import experiment as experiment_lib
 from textgen_jax.models import build
 
+MAX_LINE = 300  # characters of what is told of a mistake
 # A path that can't be one: the user's mistake, not the machine's.
 NAMES_NOTHING = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 OUT_OF_MEMORY = re.compile('RESOURCE_EXHAUSTED|[Oo]ut of memory')  # how XLA's RuntimeErrors tell it
@@ -41,37 +43,84 @@ def run(
     main(argv)
     sys.stdout.flush()
   except BrokenPipeError:  # a reader that has had enough, as `head` has
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+    pass
   except errors.RunError as error:
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-    return error.exit_code
+    return _end(str(error), error.exit_code)
   except KeyboardInterrupt:
-    print('error: interrupted; nothing was left unsaved', file=sys.stderr)
-    return 130
+    return _end('interrupted; nothing was left unsaved', 130)
   except OSError as error:
-    print(f'error: {error.filename or "a file"}: {error.strerror or error}', file=sys.stderr)
-    return errors.UserError.exit_code if error.errno in NAMES_NOTHING else errors.MachineFailed.exit_code
+    code = errors.UserError.exit_code if error.errno in NAMES_NOTHING else errors.MachineFailed.exit_code
+    return _end(f'{error.filename or "a file"}: {error.strerror or error}', code)
   except (MemoryError, RuntimeError) as error:
     if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
       raise
     first = (str(error).splitlines() or ['MemoryError'])[0][:200]
-    print(f'error: out of memory: {first}; {smaller}', file=sys.stderr)
-    return errors.MachineFailed.exit_code
+    return _end(f'out of memory: {first}; {smaller}', errors.MachineFailed.exit_code)
+  finally:
+    _let_go_of_the_unwritten()
   return 0
+
+
+def _end(message: str, code: int) -> int:
+  """Tells why a command ends; the code, even where nothing can be told any more."""
+  with contextlib.suppress(OSError):
+    print(one_line(f'error: {message}'), file=sys.stderr, flush=True)
+  return code
+
+
+def _let_go_of_the_unwritten() -> None:
+  """What can't be written goes nowhere: the interpreter would flush it once more at its end, fail, and give a code of its own."""
+  for stream in (sys.stdout, sys.stderr):
+    try:
+      stream.flush()
+    except OSError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def one_line(message: str) -> str:
+  """A message in at most MAX_LINE characters that any terminal can show, without secrets.
+
+  What is too long loses its middle: at first the longest words, which are values and paths, so that a field's name before
+  them and the constraint behind stay.
+  """
+  line = ' '.join(errors.without_secrets(_shortened(message, 16 * MAX_LINE)).split())
+  line = ''.join(one if one.isprintable() else one.encode('unicode_escape').decode('ascii') for one in line)
+  for most in (MAX_LINE // 2, MAX_LINE // 4, MAX_LINE // 8):
+    if len(line) > MAX_LINE:
+      line = re.sub(rf'\S{{{most + 1},}}', lambda match, most=most: _shortened(match[0], most), line)  # type: ignore[misc]
+  return _shortened(line, MAX_LINE)
+
+
+def _shortened(text: str, most: int) -> str:
+  if len(text) <= most:
+    return text
+  half = (most - 1) // 2
+  return f'{text[: most - 1 - half]}…{text[len(text) - half :]}'
 
 
 def parse_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
   """Parses all of argv, or raises UserError with the nearest flag's name."""
+  for arg in argv[1:]:
+    if arg.startswith('-') and (name := _flag_name(arg)) in ('flagfile', 'undefok'):  # absl's own: it would read any file, a device too
+      raise _unknown_flag(name, values)
   try:
-    rest = values(list(argv))
-  except flags.UnrecognizedFlagError as error:
-    near = difflib.get_close_matches(error.flagname, list(values), 1)
-    hint = f'; did you mean --{near[0]}?' if near else ''
-    raise errors.UserError(f'there is no flag --{error.flagname}{hint}') from error
-  except flags.Error as error:
+    # Unknown ones come back: absl looks for what is near them for as long as it takes, and deeper than Python allows.
+    rest = values(list(argv), known_only=True)
+  except (flags.Error, ValueError) as error:  # ValueError: --noNAME=value
     raise errors.UserError(str(error)) from error
   if len(rest) > 1:
+    if rest[1].strip('-') and rest[1].startswith('-'):
+      raise _unknown_flag(_flag_name(rest[1]), values)
     raise errors.UserError(f'{rest[1]!r} is not a flag: flags are written --name=value')
+
+
+def _flag_name(arg: str) -> str:
+  return arg.lstrip('-').partition('=')[0]
+
+
+def _unknown_flag(name: str, values: flags.FlagValues) -> errors.UserError:
+  near = difflib.get_close_matches(name[:100], list(values), 1)
+  return errors.UserError(f'there is no flag --{name}' + (f'; did you mean --{near[0]}?' if near else ''))
 
 
 def wants_help(argv: Sequence[str]) -> bool:

@@ -1,16 +1,85 @@
 """What XLA has compiled is kept on disk, so that the second start is faster."""
 
+import contextlib
+import hashlib
 import os
+import pathlib
+import sys
+from typing import Any
 
 import jax
+from jax._src import compilation_cache
 
 from textgen_jax.data import downloads
+
+_SHA256_BYTES = 32
+_jax_cache = compilation_cache.get_file_cache
 
 
 def keep_compiled() -> None:
   """Turns JAX's persistent cache on, where the user has set it or else beside the prepared data."""
   if not jax.config.values['jax_compilation_cache_dir']:
     jax.config.update('jax_compilation_cache_dir', str(downloads.cache_directory() / 'xla'))
+    # JAX has no place for another cache. Were this one renamed, its own would be used.
+    compilation_cache.get_file_cache = _checked_cache
   if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
     # Small models' programs take under JAX's threshold of a second each, and there are a dozen of them.
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
+def _checked_cache(path: str) -> tuple[Any, str] | None:
+  try:
+    found = _jax_cache(path)
+  except OSError as error:
+    _tell(path, error)
+    return None
+  return found and (_CheckedCache(found[0]), found[1])
+
+
+class _CheckedCache:
+  """JAX's cache, each entry behind its SHA-256.
+
+  JAX writes an entry in place, never writes it again, and would run one whose bits have flipped: a kill or a full disk would
+  leave a warning for every start to come.
+  """
+
+  def __init__(self, cache: Any):
+    self._cache, self._told = cache, False
+
+  @property
+  def _path(self) -> Any:  # JAX reads it
+    return self._cache._path
+
+  def get(self, key: str) -> bytes | None:
+    try:
+      entry = self._cache.get(key)
+    except OSError:
+      return None
+    if entry is None:
+      return None
+    value = entry[_SHA256_BYTES:]
+    if hashlib.sha256(value).digest() == entry[:_SHA256_BYTES]:
+      return value
+    self._drop(key)
+    return None
+
+  def put(self, key: str, value: bytes) -> None:
+    try:
+      self._cache.put(key, hashlib.sha256(value).digest() + value)
+    except OSError as error:
+      self._drop(key)
+      if not self._told:
+        _tell(self._path, error)
+        self._told = True
+
+  def clear(self) -> None:
+    self._cache.clear()
+
+  def _drop(self, key: str) -> None:
+    for path in pathlib.Path(self._path).glob(f'{key}-*'):
+      with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _tell(path: Any, error: OSError) -> None:
+  print(f"{path}: {error.strerror or error}: what is compiled isn't kept", file=sys.stderr)

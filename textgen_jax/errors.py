@@ -1,7 +1,11 @@
 """What can go wrong for a user, each kind with the exit code that scripts rely on."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# A web address: a name and a password, host and path, and what is asked for, which may be a signature.
+_ADDRESS = re.compile(r"""://([^/\s'"]*@)?([^\s'"?#]*)([?#][^\s'"]*)?""")
 
 
 class RunError(Exception):
@@ -51,5 +55,10 @@ class Stopped(RunError):
 def not_among(field: str, value: str, choices: Iterable[str]) -> UserError:
   """The error for a value that is none of a field's choices, with the nearest of them."""
   choices = list(choices)
-  near = difflib.get_close_matches(value, choices, 1)
-  return UserError(f'{field}={value!r} is none of {", ".join(choices)}' + (f'; did you mean {near[0]!r}?' if near else ''))
+  near = difflib.get_close_matches(value[:100], choices, 1)  # a file may hold a name of megabytes
+  return UserError(f'{field}={value[:1000]!r} is none of {", ".join(choices)}' + (f'; did you mean {near[0]!r}?' if near else ''))
+
+
+def without_secrets(text: str) -> str:
+  """`text`, whose web addresses have no passwords and no queries left."""
+  return _ADDRESS.sub(lambda match: f'://{"***@" if match[1] else ""}{match[2]}{"?***" if match[3] else ""}', text)

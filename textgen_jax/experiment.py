@@ -220,8 +220,8 @@ def from_json(content: Any, source: str) -> Experiment:
   if not isinstance(content, dict) or not isinstance(content.get('model'), dict):
     raise errors.UserError(f'{source}: not the configuration of an experiment')
   kind = content['model'].pop('kind', None)
-  if kind not in build.CONFIGS:
-    raise errors.UserError(f'{source}: model.kind={kind!r} is none of {", ".join(build.CONFIGS)}')
+  if not isinstance(kind, str) or kind not in build.CONFIGS:
+    raise errors.UserError(f'{source}: model.kind={kind!r:.60} is none of {", ".join(build.CONFIGS)}')
   experiment = Experiment(model=build.CONFIGS[kind]())
   _fill(experiment, content, source, '')
   check(experiment)

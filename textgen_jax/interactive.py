@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from textgen_jax import command_line, errors
+from textgen_jax.sampling import batch
 from textgen_jax.sampling.params import SamplingParams
 
+MAX_LINE = batch.MAX_PROMPT_CHARACTERS + 3  # characters: its end is two, and one is too much
 UNREAD = ('num_samples', 'best_of', 'num_beams', 'length_penalty', 'log_probs', 'alternatives')  # one text is written, as text
 FIXED = ('begins_document',)  # the generator may insist on it, and a setting of the conversation would change nothing
 FIELDS: dict[str, Any] = {
@@ -69,7 +71,7 @@ class Session:
         name, value = [*line[1:].split(maxsplit=1), '', ''][:2]
         return self._command(name, value.strip())
       except errors.UserError as error:
-        self._tell(f'error: {error}')
+        self._tell(command_line.one_line(f'error: {error}'))
     elif line:
       prompt = line[1:] if line.startswith('//') else line
       self._stream(prompt, prompt, False)
@@ -88,7 +90,7 @@ class Session:
         self._write(shown + piece)  # together: what the settings ask for may be refused before the first piece
         shown = ''
     except errors.UserError as error:
-      self._tell(f'error: {error}')
+      self._tell(command_line.one_line(f'error: {error}'))
       return
     except (MemoryError, RuntimeError) as error:
       if not isinstance(error, MemoryError) and not command_line.OUT_OF_MEMORY.search(str(error)):
@@ -167,7 +169,11 @@ def read_lines() -> Iterator[str]:
     return
   sys.stdin.reconfigure(errors='surrogateescape')  # type: ignore[union-attr]
   if not (sys.stdin.isatty() and sys.stdout.isatty()):
-    for line in sys.stdin:
+    # What is longer than any prompt may be is cut, so that an endless line fills no memory, and refused as a prompt.
+    while line := sys.stdin.readline(MAX_LINE):
+      rest = line
+      while len(rest) == MAX_LINE and not rest.endswith('\n'):
+        rest = sys.stdin.readline(MAX_LINE)
       yield line.rstrip('\r\n')
     return
   with contextlib.suppress(ImportError):

@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import platform
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,19 +108,13 @@ def described(about: Any, where: str) -> tuple[experiment_lib.Experiment, str]:
 
 def tokenizer_from(files: Any) -> text_base.Tokenizer:
   """A tokenizer from the files that a checkpoint holds."""
-  with tempfile.TemporaryDirectory() as directory:
-    checkpoints.write_files(pathlib.Path(directory), files or {})
-    try:
-      return text_build.load(directory)
-    except errors.UserError as error:  # the directory is gone when anyone reads of it
-      raise errors.UserError(str(error).replace(directory, 'tokenizer')) from error
+  fields = files.get(text_base.FILE_NAME) if isinstance(files, dict) else None
+  return text_build.from_fields(fields, f'tokenizer/{text_base.FILE_NAME}')
 
 
 def tokenizer_files(tokenizer: text_base.Tokenizer) -> dict[str, Any]:
   """The reverse of `tokenizer_from`."""
-  with tempfile.TemporaryDirectory() as directory:
-    tokenizer.save(directory)
-    return checkpoints.read_files(pathlib.Path(directory))
+  return {text_base.FILE_NAME: tokenizer.fields()}
 
 
 def newest(workdir: pathlib.Path) -> tuple[int, dict[str, Any]] | None:

@@ -250,7 +250,7 @@ def test_an_empty_training_text_is_an_error(model_type, texts):
 
 
 def test_a_vocabulary_beyond_the_library_is_an_error_before_the_text_is_read():
-  with pytest.raises(errors.UserError, match=r'tokenizer\.vocab_size=1000000000000 is above 16777216'):
+  with pytest.raises(errors.UserError, match=r'tokenizer\.vocab_size=1000000000000 is above 1048576'):
     pieces.SentencePieceTokenizer.train(config(vocab_size=10**12), iter(lambda: 1 / 0, None))
 
 

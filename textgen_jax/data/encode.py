@@ -1,26 +1,27 @@
 """Text to ids, in jobs that worker processes share.
 
-A worker is a Python that calls `serve`: it reads a tokenizer and then jobs from its stdin, and writes results to its stdout.
+A worker is a Python that calls `serve`: it reads a tokenizer and then jobs from its stdin, and writes results to its stdout: a line
+of JSON each, with the texts' or the ids' bytes behind it.
 (multiprocessing would import the caller's main module in every worker: JAX and all, and a script without a guard would start itself.)
 """
 
 import collections
 import concurrent.futures
 import contextlib
+import json
 import os
-import pickle
 import queue
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from textgen_jax import errors
 from textgen_jax.data import documents
-from textgen_jax.text import base
+from textgen_jax.text import base, build
 
 JOB_CHARACTERS = 1 << 20
 
@@ -153,30 +154,23 @@ class _Worker:
     # -P: what lies in the caller's folder shadows no module.
     command = [sys.executable, '-P', '-c', 'from textgen_jax.data import encode; encode.serve()']
     self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment())
-    self._tokenizer: base.Tokenizer | None = tokenizer  # sent before the first job
+    self._tokenizer, self._began = tokenizer, False  # it is sent before the first job
 
   def run(self, job: list[Piece]) -> list[Encoded]:
+    assert self._process.stdin is not None
+    assert self._process.stdout is not None
     try:
-      if self._tokenizer is not None:
-        self._send(self._tokenizer)
-        self._tokenizer = None
-      self._send(job)
-      assert self._process.stdout is not None
-      result = pickle.load(self._process.stdout)
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
+      if not self._began:
+        _send(self._process.stdin, self._tokenizer.fields())
+        self._began = True
+      _send_job(self._process.stdin, job)
+      return _receive_result(self._process.stdout, id_type(self._tokenizer.vocab_size))
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
       try:
         code = self._process.wait(timeout=1)
       except subprocess.TimeoutExpired:
         raise errors.MachineFailed(f'a process that encodes text answered what is no result: {error}') from error
       raise WorkerDied(f'a process that encodes text died with code {code}; the same command goes on') from error
-    if isinstance(result, errors.RunError):
-      raise result
-    return result
-
-  def _send(self, value: Any) -> None:
-    assert self._process.stdin is not None
-    pickle.dump(value, self._process.stdin, protocol=5)
-    self._process.stdin.flush()
 
   def close(self) -> None:
     self._process.kill()
@@ -193,19 +187,60 @@ def _environment() -> dict[str, str]:
   return {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}
 
 
+def _send(stream: IO[bytes], value: Any, parts: Sequence[bytes] = ()) -> None:
+  stream.write(json.dumps([value, [len(part) for part in parts]]).encode() + b'\n')
+  stream.write(b''.join(parts))
+  stream.flush()
+
+
+def _receive(stream: IO[bytes]) -> tuple[Any, list[bytes]]:
+  line = stream.readline()
+  if not line.endswith(b'\n'):
+    raise EOFError
+  value, sizes = json.loads(line)
+  parts = [stream.read(size) for size in sizes]
+  if [len(part) for part in parts] != sizes:
+    raise EOFError
+  return value, parts
+
+
+def _send_job(stream: IO[bytes], job: list[Piece]) -> None:
+  # A text may hold half a surrogate pair, which is told where it is encoded.
+  _send(stream, [piece[1:] for piece in job], [piece.text.encode('utf-8', 'surrogatepass') for piece in job])
+
+
+def _receive_job(stream: IO[bytes]) -> list[Piece]:
+  rest, texts = _receive(stream)
+  return [Piece(text.decode('utf-8', 'surrogatepass'), *one) for text, one in zip(texts, rest, strict=True)]
+
+
+def _send_result(stream: IO[bytes], encoded: list[Encoded]) -> None:
+  _send(stream, [one[1:] for one in encoded], [one.ids.tobytes() for one in encoded])
+
+
+def _receive_result(stream: IO[bytes], dtype: np.dtype) -> list[Encoded]:
+  measures, parts = _receive(stream)
+  if isinstance(measures, str):
+    raise errors.UserError(measures)
+  found = []
+  for ids, (num_bytes, words, in_word, unknowns, unknown_bytes) in zip(parts, measures, strict=True):
+    found.append(Encoded(np.frombuffer(ids, dtype), num_bytes, words, tuple(in_word), unknowns, unknown_bytes))
+  return found
+
+
 def serve() -> None:
   """A worker's life."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
   receive, send = sys.stdin.buffer, sys.stdout.buffer
   # Where the parent has ended, so does this, without a word.
-  with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
-    tokenizer = pickle.load(receive)
+  with contextlib.suppress(EOFError, OSError):
+    tokenizer = build.from_fields(_receive(receive)[0], 'tokenizer')
     while True:
-      job = pickle.load(receive)
+      job = _receive_job(receive)
       try:
-        result: Any = [encode(tokenizer, piece) for piece in job]
-      except errors.RunError as error:
-        result = error
-      pickle.dump(result, send, protocol=5)
-      send.flush()
+        encoded = [encode(tokenizer, piece) for piece in job]
+      except errors.UserError as error:
+        _send(send, str(error))
+      else:
+        _send_result(send, encoded)
   os._exit(0)  # what is left in the buffer has no reader

@@ -23,7 +23,7 @@ from textgen_jax.text import base
 
 BLOCK_BYTES = 1 << 20
 PACKED_BYTES = 1 << 10  # of a .zst, unpacked at a time: 32,768 times as much where a byte is repeated
-MAX_LINE_BYTES = 1 << 28  # of a .jsonl, which is read whole
+MAX_LINE_BYTES = 1 << 26  # of a .jsonl, which is read whole and may take twenty times the memory
 FORMAT = 1  # counts changes to what files read as
 
 

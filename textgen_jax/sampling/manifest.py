@@ -29,7 +29,7 @@ from textgen_jax.sampling.params import SamplingParams
 from textgen_jax.text import base
 
 FORMAT = 1
-MAX_BYTES = 1 << 30
+MAX_BYTES = 1 << 28
 _FIELDS: dict[str, type] = {
   'format': int,
   'batch_size': int,
@@ -152,19 +152,22 @@ def read(path: str | os.PathLike) -> Manifest:
     UserError: names the file, the line and what is wrong there.
   """
   name = f'reproduce={str(path)!r}'
-  found = []
+  texts, rows = [], []
   data = base.read_bounded(path, MAX_BYTES, 'reproduce')
   for number, one in enumerate(data.removesuffix(b'\n').split(b'\n') if data else [], start=1):
-    found.append(_object(one, f'{name}, line {number}'))
+    text, content = _object(one, f'{name}, line {number}')
+    texts.append(text + '\n')
     if number == 1:
-      header = _header(found[0][1], f'{name}, line 1')
+      header = _header(content, f'{name}, line 1')
       each = [settings_from_json(content, f'{name}, settings {i}') for i, content in enumerate(header['settings'])]
-  if not found:
+    else:
+      rows.append({key: content.get(key) for key in ('prompt', 'settings')})  # tokens as objects would take the most memory
+  if not texts:
     raise errors.UserError(f'{name} is empty, and no manifest')
-  if len(found) == 1:
+  if not rows:
     raise errors.UserError(f'{name} holds no text')
-  prompts, settings = _prompts([row for _, row in found[1:]], each, name)
-  return Manifest(str(path), header, prompts, settings, [text + '\n' for text, _ in found])
+  prompts, settings = _prompts(rows, each, name)
+  return Manifest(str(path), header, prompts, settings, texts)
 
 
 def _object(one: bytes, where: str) -> tuple[str, dict[str, Any]]:
@@ -192,11 +195,11 @@ def _header(content: dict[str, Any], where: str) -> dict[str, Any]:
   for name in content:
     if name not in _FIELDS:
       raise errors.UserError(f'{where}: {errors.not_among("field", name, _FIELDS)}')
-  step, sha256 = content['checkpoint'].get('step'), content['checkpoint'].get('params_sha256')
-  if not (step is None or (type(step) is int and 0 <= step < 2**63)):
-    raise errors.UserError(f'{where}: checkpoint.step={step!r:.60} is no step')
+  sha256, step = content['checkpoint'].get('params_sha256'), content['checkpoint'].get('step', '')
   if not isinstance(sha256, str):
     raise errors.UserError(f'{where}: checkpoint.params_sha256={sha256!r:.60} is not a string')
+  if not (step is None or (type(step) is int and 0 <= step < 2**63)):
+    raise errors.UserError(f'{where}: checkpoint.step={step!r:.60} is no step')
   try:
     params_lib.check_batch_size(content['batch_size'])
   except errors.UserError as error:

@@ -17,6 +17,7 @@ DRAFT_TOKENS = 4  # guessed at a time
 MAX_DRAFT_TOKENS = 64  # past a few they are hardly ever all right
 MAX_ALTERNATIVES = 64
 MAX_BEAMS = 1024
+MAX_REGEX_CHARACTERS = 1 << 16  # Python takes a second for a million
 MAX_LENGTH_PENALTY = 10  # the tokens ** it, and its inverse, stay numbers: 2**31 ** 10 is 2e93
 
 
@@ -180,6 +181,7 @@ _RANGES: dict[str, _Check] = {
   'seed': (lambda n: 0 <= n < 2**32, 'in [0, 2**32)'),
   'num_samples': (lambda n: 1 <= n < 2**20, 'at least 1 and below 2**20'),
   'best_of': (lambda n: 0 <= n < 2**20, 'in [0, 2**20)'),
+  **dict.fromkeys(('regex', 'stop_regex'), (lambda text: len(text) <= MAX_REGEX_CHARACTERS, 'at most 2**16 characters long')),
   'num_beams': (lambda n: 0 <= n <= MAX_BEAMS, f'in [0, {MAX_BEAMS}]'),
   'length_penalty': (lambda x: -MAX_LENGTH_PENALTY <= x <= MAX_LENGTH_PENALTY, f'in [{-MAX_LENGTH_PENALTY}, {MAX_LENGTH_PENALTY}]'),
   'min_log_prob': (lambda x: x < 0, 'below 0'),

@@ -17,6 +17,8 @@ FILE_NAME = 'tokenizer.json'
 FORMAT = 2  # of that file
 END_OF_TEXT = '<|endoftext|>'  # how people read that id
 MAX_FILE_BYTES = 64 << 20  # every Unicode character, escaped, takes 13 MiB
+MAX_WORDS = 1 << 21  # of any tokenizer; a file with more commas isn't parsed, which would take gigabytes
+_MAX_BRACKETS = 16  # an object, a list, and one of either as a token
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -89,8 +91,11 @@ class Tokenizer(Protocol):
   def spelling(self) -> Spelling:
     """The bytes behind the decoder's text: joined, and decoded with errors='replace', they are `decode`'s."""
 
+  def fields(self) -> dict[str, Any]:
+    """Everything that decides ids and text, as JSON: what `build.from_fields` takes."""
+
   def save(self, directory: str | os.PathLike) -> None:
-    """Writes JSON files into `directory`, which is made where it is missing."""
+    """Writes `fields` as a JSON file into `directory`, which is made where it is missing."""
 
   def fingerprint(self) -> str:
     """SHA-256 (hex) of everything that decides ids and text."""
@@ -152,21 +157,22 @@ def write_fields(directory: str | os.PathLike, fields: dict[str, Any]) -> None:
     raise errors.MachineFailed(f"can't write {path}: {error.strerror}") from error
 
 
-def read_fields(directory: str | os.PathLike, types: dict[str, type]) -> dict[str, Any]:
-  """Reads a tokenizer's JSON, whose fields in `types` must be there with just that type."""
+def read_fields(directory: str | os.PathLike) -> Any:
+  """A tokenizer's JSON, whatever it holds; what no tokenizer has so much of is refused unparsed."""
   path = pathlib.Path(directory) / FILE_NAME
+  data = read_bounded(path, MAX_FILE_BYTES, 'tokenizer')
+  if max(data.count(b'['), data.count(b'{')) > _MAX_BRACKETS or data.count(b',') > MAX_WORDS + _MAX_BRACKETS:
+    raise errors.UserError(f'{path} is no tokenizer file: it has more brackets or commas than any')
   try:
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-      raise errors.UserError(f'{path} has {size} bytes: no tokenizer file has more than {MAX_FILE_BYTES}')
-    fields = json.loads(path.read_bytes())
-  except OSError as error:
-    raise errors.UserError(f"can't read {path}: {error.strerror}") from error
+    return json.loads(data)
   except (ValueError, RecursionError) as error:
     raise errors.UserError(f"{path} isn't JSON: {error}") from error
+
+
+def check_fields(fields: Any, types: dict[str, type], where: str | os.PathLike) -> None:
+  """Raises UserError, which begins with `where`, unless `fields` is an object that has those of `types`, with just that type."""
   if not isinstance(fields, dict):
-    raise errors.UserError(f'{path} must hold a JSON object, not {type(fields).__name__}')
+    raise errors.UserError(f'{where} must hold a JSON object, not {type(fields).__name__}')
   for name, wanted in types.items():
     if type(fields.get(name)) is not wanted:
-      raise errors.UserError(f'{path}: {name}={fields.get(name)!r:.60} must be of type {wanted.__name__}')
-  return fields
+      raise errors.UserError(f'{where}: {name}={fields.get(name)!r:.60} must be of type {wanted.__name__}')

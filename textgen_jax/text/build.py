@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pkgutil
 from collections.abc import Iterable
+from typing import Any
 
 from textgen_jax import errors
 from textgen_jax.text import base
@@ -56,10 +57,16 @@ def train(config: base.TokenizerConfig, texts: Iterable[str]) -> base.Tokenizer:
 
 def load(directory: str | os.PathLike) -> base.Tokenizer:
   """The tokenizer that `save` wrote there. Raises UserError for a file that isn't one."""
-  kind = base.read_fields(directory, {'kind': str, 'format': int})
-  if kind['format'] != base.FORMAT or kind['kind'] not in KINDS:
+  return from_fields(base.read_fields(directory), os.path.join(directory, base.FILE_NAME))
+
+
+def from_fields(fields: Any, where: str) -> base.Tokenizer:
+  """The tokenizer whose `fields` these are. Raises UserError, which begins with `where`, for anything else."""
+  base.check_fields(fields, {'kind': str, 'format': int}, where)
+  kind = fields['kind']
+  if fields['format'] != base.FORMAT or kind not in KINDS:
     raise errors.UserError(
-        f"{os.path.join(directory, base.FILE_NAME)}: kind={kind['kind']!r:.60}, format={kind['format']} is unknown;"
+        f"{where}: kind={kind[:60]!r}, format={fields['format']!r:.60} is unknown;"
         f" this version reads format {base.FORMAT} of {', '.join(KINDS)}"
     )
-  return pkgutil.resolve_name(KINDS[kind['kind']]).load(directory)
+  return pkgutil.resolve_name(KINDS[kind]).from_fields(fields, where)

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import pathlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -52,17 +51,16 @@ class CharTokenizer:
     return cls(characters, config.unknown_symbol)
 
   @classmethod
-  def load(cls, directory: str | os.PathLike) -> 'CharTokenizer':
-    fields = base.read_fields(directory, {'kind': str, 'characters': str, 'unknown_symbol': str})
-    path = pathlib.Path(directory) / base.FILE_NAME
+  def from_fields(cls, fields: dict, where: str) -> 'CharTokenizer':
+    base.check_fields(fields, {'characters': str, 'unknown_symbol': str}, where)
     characters, symbol = fields['characters'], fields['unknown_symbol']
     if not characters or any(a >= b for a, b in itertools.pairwise(characters)):
-      raise errors.UserError(f'{path}: characters must be at least one, distinct and in order of code point')
+      raise errors.UserError(f'{where}: characters must be at least one, distinct and in order of code point')
     if len(symbol) > 1:
-      raise errors.UserError(f'{path}: unknown_symbol={symbol!r:.60} must be empty or one character')
+      raise errors.UserError(f'{where}: unknown_symbol={symbol!r:.60} must be empty or one character')
     surrogate = base.first_surrogate(characters + symbol)
     if surrogate >= 0:
-      raise errors.UserError(f'{path}: {(characters + symbol)[surrogate]!r} is half a surrogate pair, not a character')
+      raise errors.UserError(f'{where}: {(characters + symbol)[surrogate]!r} is half a surrogate pair, not a character')
     return cls(characters, symbol)
 
   def encode(self, text: str) -> np.ndarray:
@@ -98,12 +96,12 @@ class CharTokenizer:
     return base.Spelling((texts,), np.zeros((1, self.vocab_size), np.int32))
 
   def save(self, directory: str | os.PathLike) -> None:
-    base.write_fields(directory, self._fields())
+    base.write_fields(directory, self.fields())
 
   def fingerprint(self) -> str:
-    return base.fingerprint(self._fields())
+    return base.fingerprint(self.fields())
 
-  def _fields(self) -> dict:
+  def fields(self) -> dict:
     return {
         'format': base.FORMAT,
         'kind': self.kind,

@@ -5,7 +5,6 @@ import codecs
 import io
 import itertools
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ from textgen_jax import errors
 from textgen_jax.text import base
 
 DEFAULT_VOCAB_SIZE = 4096
-MAX_VOCAB_SIZE = 1 << 24  # far above any text's; the library counts in 32 bits
+MAX_VOCAB_SIZE = 1 << 20  # above any model's that is known; a file of 48 MiB may claim 24 million pieces
 TRAINING_BYTES = 32 << 20  # of text that training keeps: unigram took 108 s and 1.2 GB for 50 MB of English
 BLOCK_BYTES = 1 << 16      # what a sample of a larger corpus takes or leaves
 MAX_MODEL_BYTES = base.MAX_FILE_BYTES // 4 * 3 - 4096  # base64 of it must fit the file
@@ -49,9 +48,9 @@ class SentencePieceTokenizer:
 
   def __init__(self, model: bytes):
     self._model = model
+    trainer, normalizer = _specs(model)
     self._processor = _processor(model)
     self._pieces = [self._processor.id_to_piece(i) for i in range(self._processor.piece_size())]
-    trainer, normalizer = _Message(model, 2), _Message(model, 3)
     unknown, end = self._processor.unk_id(), self._processor.eos_id()
     if end < 0:  # also where text can spell it
       end = len(self._pieces)
@@ -106,17 +105,16 @@ class SentencePieceTokenizer:
     return tokenizer
 
   @classmethod
-  def load(cls, directory: str | os.PathLike) -> 'SentencePieceTokenizer':
-    fields = base.read_fields(directory, {'kind': str, 'model': str})
-    path = pathlib.Path(directory) / base.FILE_NAME
+  def from_fields(cls, fields: dict, where: str) -> 'SentencePieceTokenizer':
+    base.check_fields(fields, {'model': str}, where)
     try:
       model = base64.b64decode(fields['model'], validate=True)
     except ValueError as error:
-      raise errors.UserError(f"{path}: model isn't base64: {error}") from error
+      raise errors.UserError(f"{where}: model isn't base64: {error}") from error
     try:
       return cls(model)
     except errors.UserError as error:
-      raise errors.UserError(f'{path}: {error}') from error
+      raise errors.UserError(f'{where}: {error}') from error
 
   def __reduce__(self):
     return type(self), (self._model,)  # the library's object lives in C++
@@ -156,17 +154,17 @@ class SentencePieceTokenizer:
     return base.Spelling((tuple(_drop_prefix(text, True) for text in texts), texts), next_CV)
 
   def save(self, directory: str | os.PathLike) -> None:
-    base.write_fields(directory, self._fields())
+    base.write_fields(directory, self.fields())
 
   def fingerprint(self) -> str:
-    return base.fingerprint(self._fields())
+    return base.fingerprint(self.fields())
 
   def pieces(self) -> list[str]:
     """Every id's piece as the model spells it, with U+2581 for a space; what can't be printed is escaped."""
     pieces = self._pieces + [base.END_OF_TEXT] * (self.vocab_size - len(self._pieces))
     return [''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in piece) for piece in pieces]
 
-  def _fields(self) -> dict:
+  def fields(self) -> dict:
     return {'format': base.FORMAT, 'kind': self.kind, 'model': base64.b64encode(self._model).decode()}
 
   def _encode_parts(self, text: str) -> tuple[list[str], list[list[int]]]:
@@ -248,57 +246,74 @@ def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
     for i in range(processor.piece_size()):
       processor.id_to_piece(i)  # UnicodeDecodeError, a ValueError, in a damaged piece
   except (RuntimeError, ValueError) as error:
-    raise errors.UserError(f"isn't a SentencePiece model, or is damaged: {_reason(error)}") from error
+    raise _damaged(_reason(error)) from error
   return processor
 
 
-class _Message:
-  """Fields of the message in field `wanted` of a serialized protobuf, by their numbers.
+class _Spec:
+  """Fields of a message of a serialized protobuf, by their numbers."""
 
-  sentencepiece_model_pb2 isn't used: it refuses every protobuf library older than the one that generated it.
-  """
-
-  def __init__(self, data: bytes, wanted: int):
+  def __init__(self) -> None:
     self.numbers: dict[int, int] = {}
     self.texts: dict[int, bytes] = {}
-    for field, message in _proto_fields(data):
-      if field == wanted and isinstance(message, bytes):
-        for number, value in _proto_fields(message):
-          if isinstance(value, int):
-            self.numbers[number] = value
-          else:
-            self.texts[number] = value
+
+  def merge(self, message: bytes) -> None:
+    for number, value in _proto_fields(message):
+      if isinstance(value, int):
+        self.numbers[number] = value
+      else:
+        self.texts[number] = value
+
+
+def _specs(model: bytes) -> tuple[_Spec, _Spec]:
+  """How the model was trained, and how it normalises text.
+
+  sentencepiece_model_pb2 isn't used: it refuses every protobuf library older than the one that generated it.
+
+  Raises:
+    UserError: the file is damaged, or has more pieces than any model.
+  """
+  specs = {2: _Spec(), 3: _Spec()}
+  for count, (number, value) in enumerate(_proto_fields(model)):
+    if count > MAX_VOCAB_SIZE:
+      raise errors.UserError(f'has more than {MAX_VOCAB_SIZE:,} pieces, as no SentencePiece model does')
+    if number in specs and isinstance(value, bytes):
+      specs[number].merge(value)
+  return specs[2], specs[3]
 
 
 def _proto_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
   """Number and value of each field; source: protobuf.dev/programming-guides/encoding."""
   place = 0
-
-  def take(size: int) -> bytes:
-    nonlocal place
-    place += size
-    if place > len(data):
-      raise errors.UserError("isn't a SentencePiece model, or is damaged: a field is cut off")
-    return data[place - size : place]
-
-  def varint() -> int:
-    value = shift = 0
-    while True:
-      byte = take(1)[0]
-      value |= (byte & 0x7F) << shift
-      shift += 7
-      if byte < 0x80:
-        return value
-
   while place < len(data):
-    key = varint()
+    key, place = _varint(data, place)
     number, wire_type = key >> 3, key & 7
     if wire_type == 0:
-      yield number, varint()
+      value, place = _varint(data, place)
+      yield number, value
     elif wire_type in (1, 2, 5):
-      yield number, take(varint() if wire_type == 2 else {1: 8, 5: 4}[wire_type])
+      size, place = _varint(data, place) if wire_type == 2 else ({1: 8, 5: 4}[wire_type], place)
+      if place + size > len(data):
+        raise _damaged('a field is cut off')
+      yield number, data[place : place + size]
+      place += size
     else:
-      raise errors.UserError(f"isn't a SentencePiece model, or is damaged: a field has type {wire_type}")
+      raise _damaged(f'a field has type {wire_type}')
+
+
+def _varint(data: bytes, place: int) -> tuple[int, int]:
+  """A number, and the place behind it."""
+  value = shift = 0
+  for byte in data[place : place + 10]:  # 64 bits
+    value |= (byte & 0x7F) << shift
+    shift += 7
+    if byte < 0x80:
+      return value, place + shift // 7
+  raise _damaged('a number is cut off or too long')
+
+
+def _damaged(why: str) -> errors.UserError:
+  return errors.UserError(f"isn't a SentencePiece model, or is damaged: {why}")
 
 
 def _sample(texts: Iterable[str]) -> tuple[list[bytes], int, int]:

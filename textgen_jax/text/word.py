@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import os
-import pathlib
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -84,7 +83,7 @@ class WordTokenizer:
       wanted = math.ceil(fractions.Fraction(str(config.coverage)) * total)
       size = int(np.searchsorted(np.cumsum([counts[word] for word in words]), wanted)) + 1
     tokenizer = cls(words[:size], config.standardize)
-    num_bytes = len(json.dumps(tokenizer._fields()))
+    num_bytes = len(json.dumps(tokenizer.fields()))
     if num_bytes >= base.MAX_FILE_BYTES:  # found now, not when the trained model is to be used
       raise errors.UserError(
           f'tokenizer.vocab_size={config.vocab_size}, tokenizer.coverage={config.coverage} make a vocabulary of {len(words[:size]):,} words'
@@ -93,15 +92,14 @@ class WordTokenizer:
     return tokenizer
 
   @classmethod
-  def load(cls, directory: str | os.PathLike) -> 'WordTokenizer':
-    fields = base.read_fields(directory, {'kind': str, 'standardize': bool, 'words': list})
-    path, openings = pathlib.Path(directory) / base.FILE_NAME, {printed: opening for opening, printed in _PRINTED.items()}
-    words = fields['words']
+  def from_fields(cls, fields: dict, where: str) -> 'WordTokenizer':
+    base.check_fields(fields, {'standardize': bool, 'words': list}, where)
+    openings, words = {printed: opening for opening, printed in _PRINTED.items()}, fields['words']
     for place, word in enumerate(words):
       if not isinstance(word, str) or not (word in openings or _is_piece(word)):
-        raise errors.UserError(f'{path}: words[{place}]={word!r:.60} must be one word or one symbol')
+        raise errors.UserError(f'{where}: words[{place}]={word!r:.60} must be one word or one symbol')
     if not words or len(set(words)) < len(words):
-      raise errors.UserError(f'{path}: words must be at least one, and distinct')
+      raise errors.UserError(f'{where}: words must be at least one, and distinct')
     return cls([openings.get(word, word) for word in words], fields['standardize'])
 
   def encode(self, text: str) -> np.ndarray:
@@ -157,12 +155,12 @@ class WordTokenizer:
     return [SPECIALS[name] for name in self.special_ids] + escaped
 
   def save(self, directory: str | os.PathLike) -> None:
-    base.write_fields(directory, self._fields())
+    base.write_fields(directory, self.fields())
 
   def fingerprint(self) -> str:
-    return base.fingerprint(self._fields())
+    return base.fingerprint(self.fields())
 
-  def _fields(self) -> dict:
+  def fields(self) -> dict:
     words = [_PRINTED.get(word, word) for word in self._words]
     return {'format': base.FORMAT, 'kind': self.kind, 'standardize': self.standardizes, 'words': words}
 

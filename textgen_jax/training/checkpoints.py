@@ -1,7 +1,6 @@
 """Checkpoints that know whether they are whole: params apart from the rest, with what is needed to read them."""
 
 import dataclasses
-import json
 import pathlib
 import re
 import shutil
@@ -278,20 +277,6 @@ def rest(train_state: state.TrainState) -> dict[str, Any]:
 def with_shardings(abstract: Any, shardings: Any) -> Any:
   """Shapes and dtypes that also say where each array goes."""
   return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
-
-
-def read_files(directory: pathlib.Path) -> dict[str, Any]:
-  """A tokenizer's JSON files by name, as they go into a checkpoint."""
-  return {path.name: json.loads(path.read_text(encoding='utf-8')) for path in sorted(directory.glob('*.json'))}
-
-
-def write_files(directory: pathlib.Path, files: dict[str, Any]) -> None:
-  """The reverse of `read_files`."""
-  directory.mkdir(parents=True, exist_ok=True)
-  for name, content in files.items():
-    if pathlib.PurePath(name).name != name:
-      raise errors.NoGoodCheckpoint(f'{directory}: a checkpoint names the file {name!r}, which lies elsewhere')
-    (directory / name).write_text(json.dumps(content, ensure_ascii=False), encoding='utf-8')
 
 
 def first_line(error: BaseException) -> str:
