@@ -5,14 +5,16 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-  """What a signal asks of a run: to leave, if nothing is unsaved; else `number` is set, which the run looks at after each step.
+  """What a signal asks of a run: if nothing is unsaved, it leaves by itself; else `number` is set, which the run looks at after each step.
 
   A second signal leaves in any case.
   """
@@ -21,12 +23,16 @@ class Stop:
     self._leave, self._lock = leave, threading.RLock()
     self._saved: str | None = 'nothing was left unsaved'  # what to tell; None while a finished step is unsaved
     self._finish: Callable[[], None] | None = None
+    self._came = self._leaving = False
     self.number = 0
 
   def came(self, number: int) -> None:
     with self._lock:
-      first, self.number = not self.number, number
+      first, self._came = not self._came, True
       saved, finish = (self._saved, self._finish) if first else ('left at once; the last save holds', None)
+      self._leaving = saved is not None
+      if not self._leaving:
+        self.number = number
     name = signal.Signals(number).name
     if saved is None:
       _say(f'{name}: stopping after this step; a second signal leaves at once')
@@ -37,12 +43,19 @@ class Stop:
         finish()
     except Exception as error:  # the save failed: that is the worse news
       told, code = str(error), getattr(error, 'exit_code', 1)
-    self._leave(number, told, code)
+    try:
+      self._leave(number, told, code)
+    finally:
+      self._leaving = False
 
   def hold(self) -> None:
-    """From here on there is something to save."""
-    with self._lock:
-      self._saved = self._finish = None
+    """From here on there is something to save. Waits where a signal's thread is about to end the process: a step would be lost."""
+    while True:
+      with self._lock:
+        if not self._leaving:
+          self._saved = self._finish = None
+          return
+      time.sleep(0.01)
 
   def release(self, saved: str, finish: Callable[[], None] | None = None) -> None:
     """From here on a signal leaves at once, once `finish` has brought to disk what is on its way there."""
@@ -60,12 +73,33 @@ def watch() -> None:
   """
   global _command
   _command = Stop(_end_process)
+  if sys.stderr is not None:
+    sys.stderr = _Unheard(sys.stderr)
   reading, writing = os.pipe()
   os.set_blocking(writing, False)
   for number in NUMBERS:
     signal.signal(number, lambda number, frame: None)  # so that the number is written to the pipe
   signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
   threading.Thread(target=_answer, args=(reading, _command), name='signals', daemon=True).start()
+
+
+class _Unheard:
+  """stderr that may go away: a run outlives the terminal, the pipe or the disk that it was told to."""
+
+  def __init__(self, stream: Any):
+    self._stream = stream
+
+  def write(self, text: str) -> int:
+    with contextlib.suppress(OSError):
+      self._stream.write(text)
+    return len(text)
+
+  def flush(self) -> None:
+    with contextlib.suppress(OSError):
+      self._stream.flush()
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
 
 
 def _answer(reading: int, stop: Stop) -> None:

@@ -56,6 +56,8 @@ def train(experiment: experiment_lib.Experiment, directory: str | os.PathLike, h
       trainer = _Trainer(assembly.Parts(experiment, directory, hook), stop, began)
       if not stands:
         stack.enter_context(workdir.locked(directory))
+        if checkpoints.listed(directory / 'checkpoints'):  # another trainer was here since we looked
+          trainer = _Trainer(assembly.Parts(experiment, directory, hook), stop, began)
       return trainer.finish(trainer.run(stack))
   except OSError as error:
     raise errors.MachineFailed(f'{error.filename or directory}: {error.strerror or error}') from error
@@ -212,20 +214,27 @@ class _Trainer:
   def pause(self, done: int, train_state: state.TrainState) -> None:
     """A checkpoint, then evaluation and samples where they are due; a signal ends those at once, and loses nothing."""
     began = time.monotonic()
+    self.check_stands()
     self.kept.save(done, train_state, self.about)
-    if reason := self.ending(done):
+    self.stop.release(f'step {done} is saved in {self.directory}; the same command goes on from there', self.settle)
+    if reason := self.ending(done):  # a signal that came before the release has left it to us
       self.kept.wait()
       raise reason
-    self.stop.release(f'step {done} is saved in {self.directory}; the same command goes on from there', self.settle)
     if self.evaluates(done):
       self.score_step(done, train_state)
     if self.samples(done):
       self.sample(done, train_state.params)
     if done == self.config.num_steps:
       self.kept.wait()
+      self.check_stands()
     else:
       self.stop.hold()
     self.logged_at += time.monotonic() - began  # tokens/s is of training alone
+
+  def check_stands(self) -> None:
+    """A workdir that was deleted would be made anew by the next save, without all that lay there."""
+    if not (self.directory / 'config.json').exists():
+      raise errors.MachineFailed(f'{self.directory} is gone: it was deleted or moved while the run wrote there')
 
   def settle(self) -> None:
     self.kept.settle()

@@ -149,10 +149,10 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         raise errors.UserError(f'workdir={str(workdir)!r} is being trained by {owner}') from error
       if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
         continue  # its owner deleted it between our opening and our locking it
-      file.truncate(0)
-      file.write(f'process {os.getpid()} on {platform.node()}\n')
-      file.flush()
       try:
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {platform.node()}\n')
+        file.flush()
         yield
       finally:
         path.unlink(missing_ok=True)

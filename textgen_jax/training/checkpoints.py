@@ -1,6 +1,7 @@
 """Checkpoints that know whether they are whole: params apart from the rest, with what is needed to read them."""
 
 import dataclasses
+import os
 import pathlib
 import re
 import shutil
@@ -11,12 +12,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from textgen_jax import errors, trees
-from textgen_jax.training import integrity, progress, state
+from textgen_jax.training import integrity, noise, progress, state
 
 FORMAT = 3  # counts changes to what a checkpoint holds
 TO_SAMPLE = ('params', 'about')
 TO_TRAIN = ('params', 'state', 'about')
 SCORE = 'score.json'  # in a step's folder, written when the step was evaluated: after its manifest
+STRAGGLERS_S = 5.0  # to wait for what still writes after a save has failed
 LEFTOVERS = ('*.orbax-checkpoint-tmp*', '*.deleted')  # of a process that was killed while it saved or deleted
 
 
@@ -34,8 +36,11 @@ class Checkpoints:
     self._directory = workdir.absolute() / 'checkpoints'
     self._keep_latest, self._keep_every, self._keep_behind = keep_latest, keep_every, keep_behind
     self._saving: int | None = None  # the step that is on its way to the disk
+    self._begun: int | None = None  # the last one that was
+    self._failure = ''  # of the last save; orbax tells each of its threads' by itself
     self._problems: dict[tuple[int, tuple[str, ...]], str | None] = {}  # what was looked at already
     handlers = {'params': ocp.StandardCheckpointHandler(), 'state': ocp.StandardCheckpointHandler(), 'about': ocp.JsonCheckpointHandler()}
+    noise.hush()
     # Orbax's CheckpointManager isn't used: it lists steps that aren't committed, and takes an empty folder or a link for one.
     self._checkpointer = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(**handlers),
@@ -52,7 +57,8 @@ class Checkpoints:
     if (self._directory / str(step)).exists():
       return
     items = {'params': train_state.params, 'state': rest(train_state)}
-    self._saving = step
+    self._saving = self._begun = step
+    self._failure = ''
     try:
       self._checkpointer.save(
         self._directory / str(step),
@@ -91,9 +97,11 @@ class Checkpoints:
       self._prune()
 
   def _failed(self, error: Exception) -> errors.MachineFailed:
-    step, self._saving = self._saving, None
+    self._saving = None
+    noise.wait_for_stragglers(STRAGGLERS_S)
     self._clear()  # what is half written would only fill the disk
-    return errors.MachineFailed(f'{self._directory}/{step}: the checkpoint could not be saved: {first_line(error)}')
+    self._failure = self._failure or f'{self._directory}/{self._begun}: the checkpoint could not be saved: {_why(error)}'
+    return errors.MachineFailed(self._failure)
 
   def close(self) -> None:
     self.wait()
@@ -277,6 +285,12 @@ def rest(train_state: state.TrainState) -> dict[str, Any]:
 def with_shardings(abstract: Any, shardings: Any) -> Any:
   """Shapes and dtypes that also say where each array goes."""
   return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+
+
+def _why(error: Exception) -> str:
+  """Tensorstore tells the system's reason last, after several paths."""
+  found = re.search(r"os_error_code='(\d+)'", str(error))
+  return os.strerror(int(found[1])) if found else getattr(error, 'strerror', None) or first_line(error)[:100]
 
 
 def first_line(error: BaseException) -> str:
