@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 import fault_damage  # noqa: E402
 import fault_runs  # noqa: E402
 
-from textgen_jax.training import checkpoints, integrity, state  # noqa: E402
+from textgen_jax.training import checkpoints, health, integrity, state  # noqa: E402
 
 SIGNAL_MOMENTS = (*fault_runs.MOMENTS, 'sampling')
 Row = tuple[str, str, str, bool]  # what was done, how often, what was seen, whether it is as promised
@@ -119,15 +119,30 @@ def kills(folder: pathlib.Path, count: int, seed: int) -> Iterator[Row]:
     yield what, str(seen['SIGKILL']), f'{ends}; {stood}', same and seen['SIGKILL'] == n
 
 
+def plain_state(params: Any) -> state.TrainState:
+  """Parameters without an optimizer."""
+  zero = np.int32(0)
+  return state.TrainState(
+    step=zero,
+    updates=zero,
+    data_offset=zero,
+    root_key=np.zeros(2, np.uint32),
+    health=jax.tree.map(np.asarray, health.fresh()),
+    params=params,
+    opt_state={},
+    carry=None,
+  )
+
+
 def save_seconds(workdir: pathlib.Path) -> float:
   """Of the run's own state, to the disk and back from `wait`; the longest of five."""
   with tempfile.TemporaryDirectory() as target:
     leaves = {name.replace('/', '_'): np.asarray(leaf) for name, leaf in fault_runs.stored(workdir, fault_runs.saved_steps(workdir)[-1])}
-    kept, zero = checkpoints.Checkpoints(pathlib.Path(target)), np.int32(0)
+    kept = checkpoints.Checkpoints(pathlib.Path(target))
     times = []
     for step in range(5):
       began = time.perf_counter()
-      kept.save(step, state.TrainState(zero, zero, np.zeros(2, np.uint32), leaves, {}, None), {})
+      kept.save(step, plain_state(leaves), {})
       kept.wait()
       times.append(time.perf_counter() - began)
     kept.close()
@@ -175,9 +190,9 @@ def damages(folder: pathlib.Path, flips: int, seed: int) -> Iterator[Row]:
 def verifying(folder: pathlib.Path, gigabytes: float) -> Iterator[Row]:
   """Reading and hashing a checkpoint that the system still holds in memory, as right after a save."""
   arrays = [np.random.default_rng(n).standard_normal(8_000_000, np.float32) for n in range(max(1, round(gigabytes * 1e9 / 32e6)))]
-  kept, zero = checkpoints.Checkpoints(folder / 'large'), np.int32(0)
+  kept = checkpoints.Checkpoints(folder / 'large')
   began = time.perf_counter()
-  kept.save(1, state.TrainState(zero, zero, np.zeros(2, np.uint32), {f'array_{n}': a for n, a in enumerate(arrays)}, {}, None), {})
+  kept.save(1, plain_state({f'array_{n}': a for n, a in enumerate(arrays)}), {})
   kept.close()
   saving, times = time.perf_counter() - began, []
   step = folder / 'large' / 'checkpoints' / '1'

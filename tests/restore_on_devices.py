@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from textgen_jax import trees
-from textgen_jax.training import checkpoints, state
+from textgen_jax.training import checkpoints, health, state
 
 ODD = np.array([-0.0, np.nan, np.inf, 1e-45, 1 / 3, 16777217.0, 1, 2], np.float32)  # what a cast or a print would lose
 
@@ -27,6 +27,8 @@ def make(num_devices):
   arrays = state.TrainState(
     step=np.int32(5),
     updates=np.int32(4),
+    data_offset=np.int32(3),
+    health=jax.tree.map(np.asarray, health.fresh()),
     root_key=np.array([1, 2**32 - 1], np.uint32),
     params=params,
     opt_state={'mu': rng.standard_normal((8, 3)).astype(np.float32)},
