@@ -69,7 +69,9 @@ def test_one_trainer_a_workdir_and_a_terminal_that_goes_away(runs_of, tmp_path, 
   """Its terminal is closed, another trainer comes by, SIGHUP ends it, and it goes on without any stream: the run is whole all the same."""
   runs, workdir = runs_of('transformer'), tmp_path / 'left'
   terminal, its_end = os.openpty()
+  ours = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what we ignore, under nohup, our children do too
   process = runs.start(workdir, stderr=its_end)
+  signal.signal(signal.SIGHUP, ours)
   os.close(its_end)
   assert process.until(lambda: fault_runs.logged_step(workdir) >= 1)
   os.close(terminal)
