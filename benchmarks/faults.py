@@ -33,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 import fault_damage  # noqa: E402
 import fault_runs  # noqa: E402
 
+from textgen_jax.tools import verify_resume  # noqa: E402
 from textgen_jax.training import checkpoints, health, integrity, state  # noqa: E402
 
 SIGNAL_MOMENTS = (*fault_runs.MOMENTS, 'sampling')
@@ -137,7 +138,8 @@ def plain_state(params: Any) -> state.TrainState:
 def save_seconds(workdir: pathlib.Path) -> float:
   """Of the run's own state, to the disk and back from `wait`; the longest of five."""
   with tempfile.TemporaryDirectory() as target:
-    leaves = {name.replace('/', '_'): np.asarray(leaf) for name, leaf in fault_runs.stored(workdir, fault_runs.saved_steps(workdir)[-1])}
+    found = verify_resume.stored(workdir, fault_runs.saved_steps(workdir)[-1])
+    leaves = {name.replace('/', '_'): leaf for name, leaf in found.items()}
     kept = checkpoints.Checkpoints(pathlib.Path(target))
     times = []
     for step in range(5):

@@ -42,6 +42,22 @@ def text_file(tmp_path_factory):
   return path
 
 
+@pytest.fixture(scope='module')
+def quickly(tmp_path_factory):
+  """Runs in this process compile quickly, and once for all that share a program."""
+  values = {
+    'jax_disable_most_optimizations': True,
+    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('xla')),
+    'jax_persistent_cache_min_compile_time_secs': 0.0,
+  }
+  old = {name: jax.config.values[name] for name in values}
+  for name, value in values.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in old.items():
+    jax.config.update(name, value)
+
+
 @pytest.fixture(scope='module', autouse=True)
 def let_go_of_what_was_compiled():
   """Each program takes memory maps, of which a process may have 65,530: the whole suite's don't fit."""

@@ -10,10 +10,7 @@ import sys
 import tempfile
 import time
 
-import numpy as np
-import orbax.checkpoint as ocp
-
-from textgen_jax import trees
+from textgen_jax.tools import verify_resume
 from textgen_jax.training import checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -158,18 +155,13 @@ def saved_steps(workdir):
   return checkpoints.listed(workdir / 'checkpoints')
 
 
-def stored(workdir, step):
-  """Every array of a checkpoint: params, moments, counts, key, carry."""
-  read = ocp.StandardCheckpointer().restore
-  return trees.named_leaves({item: read(workdir.absolute() / 'checkpoints' / str(step) / item) for item in ('params', 'state')})
-
-
 def assert_same_step(found, expected, step):
-  ours, theirs = stored(found, step), stored(expected, step)
-  assert [name for name, _ in ours] == [name for name, _ in theirs]
-  for (name, x), (_, y) in zip(ours, theirs, strict=True):
+  ours, theirs = verify_resume.stored(found, step), verify_resume.stored(expected, step)
+  assert list(ours) == list(theirs)
+  for name, x in ours.items():
+    y = theirs[name]
     assert (x.dtype, x.shape) == (y.dtype, y.shape), name
-    assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), name
+    assert x.tobytes() == y.tobytes(), name
 
 
 def assert_same_end(found, expected):

@@ -5,7 +5,6 @@ import os
 import signal
 
 import conftest
-import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -25,18 +24,11 @@ MODELS = ('transformer', 'lstm')
 
 
 @pytest.fixture(scope='module', autouse=True)
-def surroundings(tmp_path_factory):
-  """A cache of our own; programs compiled quickly, and once for all runs that share them."""
-  old = {name: jax.config.values[name] for name in ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')}
+def surroundings(tmp_path_factory, quickly):
+  """A cache of our own."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('TEXTGEN_JAX_CACHE', str(tmp_path_factory.mktemp('cache')))
-    jax.config.update('jax_disable_most_optimizations', True)
-    jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('xla')))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     yield
-    jax.config.update('jax_disable_most_optimizations', False)
-    for name, value in old.items():
-      jax.config.update(name, value)
 
 
 @pytest.fixture(scope='module')

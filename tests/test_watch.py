@@ -5,29 +5,17 @@ import functools
 import json
 import signal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import spiking
 from spiking import NUM_STEPS
 
-from textgen_jax import errors, rerun, trainer, trees, watch
+from textgen_jax import errors, rerun, trainer, watch
+from textgen_jax.tools import verify_resume
 from textgen_jax.training import checkpoints, health
 
-
-@pytest.fixture(scope='module', autouse=True)
-def surroundings(tmp_path_factory):
-  """Programs are compiled quickly, and once for all runs that share them."""
-  old = {name: jax.config.values[name] for name in ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')}
-  jax.config.update('jax_disable_most_optimizations', True)
-  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('xla')))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-  for name, value in old.items():
-    jax.config.update(name, value)
+pytestmark = pytest.mark.usefixtures('quickly')
 
 
 @pytest.fixture
@@ -46,9 +34,7 @@ def column(directory, name):
 
 
 def stored(directory, step=NUM_STEPS):
-  read = ocp.StandardCheckpointer().restore
-  here = directory.absolute() / 'checkpoints' / str(step)
-  return dict(trees.named_leaves({item: read(here / item) for item in ('params', 'state')}))
+  return verify_resume.stored(directory, step)
 
 
 def assert_same_end(a, b):

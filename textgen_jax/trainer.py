@@ -201,14 +201,16 @@ class _Trainer:
     every = self.config.checkpoint_every_steps
     return self.evaluates(done) or self.samples(done) or (every > 0 and done % every == 0)
 
+  def saved(self, done: int) -> str:
+    return f'step {done} is saved in {self.directory}; the same command goes on from there'
+
   def ending(self, done: int) -> errors.RunError | None:
     """Why the run is to end after step `done`, if it is."""
-    told = f'step {done} is saved in {self.directory}; the same command goes on from there'
     if number := self.stop.number:
-      return errors.Stopped(f'{signal.Signals(number).name}: {told}', number)
+      return errors.Stopped(f'{signal.Signals(number).name}: {self.saved(done)}', number)
     minutes = self.parts.experiment.time_limit_minutes
     if minutes and time.monotonic() - self.began >= 60 * minutes and done < self.config.num_steps:
-      return errors.TimeIsUp(f'time_limit_minutes={minutes} have passed: {told}')
+      return errors.TimeIsUp(f'time_limit_minutes={minutes} have passed: {self.saved(done)}')
     return None
 
   def pause(self, done: int, train_state: state.TrainState) -> None:
@@ -216,7 +218,7 @@ class _Trainer:
     began = time.monotonic()
     self.check_stands()
     self.kept.save(done, train_state, self.about)
-    self.stop.release(f'step {done} is saved in {self.directory}; the same command goes on from there', self.settle)
+    self.stop.release(self.saved(done), self.settle)
     if reason := self.ending(done):  # a signal that came before the release has left it to us
       self.kept.wait()
       raise reason

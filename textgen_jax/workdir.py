@@ -125,9 +125,9 @@ def newest(workdir: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
   """
   if not checkpoints.listed(workdir / 'checkpoints'):
     return None
-  kept = checkpoints.Checkpoints(workdir, read_only=True)
-  step = kept.newest_good()
-  return None if step is None else (step, kept.about(step))
+  with contextlib.closing(checkpoints.Checkpoints(workdir, read_only=True)) as kept:
+    step = kept.newest_good()
+    return None if step is None else (step, kept.about(step))
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
-"""What the fault tests share: runs of both models that nothing disturbed, and programs that are compiled once."""
+"""What the fault tests share: runs of both models that nothing disturbed."""
 
 import fault_runs
-import jax
 import pytest
 
 
@@ -21,19 +20,3 @@ def runs_of(all_runs):
     return made[kind]
 
   return get
-
-
-@pytest.fixture(scope='module')
-def quickly(tmp_path_factory):
-  """Runs in this process compile quickly, and once for all that share a program."""
-  values = {
-    'jax_disable_most_optimizations': True,
-    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('xla')),
-    'jax_persistent_cache_min_compile_time_secs': 0.0,
-  }
-  old = {name: jax.config.values[name] for name in values}
-  for name, value in values.items():
-    jax.config.update(name, value)
-  yield
-  for name, value in old.items():
-    jax.config.update(name, value)

@@ -1,7 +1,6 @@
 import functools
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,12 +10,7 @@ from textgen_jax import trainer
 from textgen_jax.tools import replay
 from textgen_jax.training import health
 
-
-@pytest.fixture(scope='module', autouse=True)
-def quickly():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
+pytestmark = pytest.mark.usefixtures('quickly')
 
 
 @pytest.fixture(scope='module')

@@ -119,7 +119,7 @@ def _whole_or_nothing(directory: pathlib.Path) -> Iterator[None]:
     raise errors.MachineFailed(f"can't write {directory}: {error.strerror}; TEXTGEN_JAX_CACHE sets another place") from error
   except encode.WorkerDied:  # as when memory was short: it can be gone on with
     raise
-  except Exception:
+  except Exception:  # whatever it is: what is half written is of no use
     shutil.rmtree(directory, ignore_errors=True)
     raise
 

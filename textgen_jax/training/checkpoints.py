@@ -68,7 +68,7 @@ class Checkpoints:
           about=ocp.args.JsonSave({'format': FORMAT, **about, 'leaves': _describe(items)}),
         ),
       )
-    except Exception as error:
+    except Exception as error:  # as in settle
       raise self._failed(error) from error
 
   def _seal(self) -> None:
@@ -79,7 +79,7 @@ class Checkpoints:
     """Raises what a save in the background failed with."""
     try:
       self._checkpointer.check_for_errors()
-    except Exception as error:
+    except Exception as error:  # as in settle
       raise self._failed(error) from error
 
   def settle(self) -> None:
@@ -145,7 +145,8 @@ class Checkpoints:
   def problem(self, step: int, items: tuple[str, ...] = TO_TRAIN) -> str | None:
     """Why a step can't be used; None where it can."""
     if (step, items) not in self._problems:
-      self._problems[step, items] = self._look(step, items)
+      whole = self._problems.get((step, TO_TRAIN), 'not looked at') is None
+      self._problems[step, items] = None if whole else self._look(step, items)
     return self._problems[step, items]
 
   def _look(self, step: int, items: tuple[str, ...]) -> str | None:
