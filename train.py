@@ -31,6 +31,7 @@ def _main(argv: Sequence[str]) -> None:
   experiment, workdir = command_line.parse_experiment(argv)
   experiment_lib.check(experiment)
   compilation.keep_compiled()
+  compilation.split_cores(experiment)
   from textgen_jax import trainer  # after the checks: it takes seconds to import
 
   trainer.train(experiment, workdir)

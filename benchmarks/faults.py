@@ -130,6 +130,7 @@ def plain_state(params: Any) -> state.TrainState:
     root_key=np.zeros(2, np.uint32),
     health=jax.tree.map(np.asarray, health.fresh()),
     params=params,
+    trained=None,
     opt_state={},
     carry=None,
   )

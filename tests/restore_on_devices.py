@@ -31,6 +31,7 @@ def make(num_devices):
     health=jax.tree.map(np.asarray, health.fresh()),
     root_key=np.array([1, 2**32 - 1], np.uint32),
     params=params,
+    trained=None,
     opt_state={'mu': rng.standard_normal((8, 3)).astype(np.float32)},
     carry=rng.standard_normal((8, 2)).astype(np.float32),
   )

@@ -53,6 +53,13 @@ def test_every_mesh_scores_alike(kind, num_devices, mesh, found):
     np.testing.assert_allclose(losses, expected[name], rtol=1e-6)
 
 
+@pytest.mark.parametrize('num_devices', [2, 4])
+def test_matrices_are_made_orthogonal_on_all_devices_alike(num_devices, found):
+  losses = found[1]['muon']['losses']
+  assert losses != found[1]['transformer 1x1']['losses']
+  np.testing.assert_allclose(found[num_devices]['muon']['losses'], losses, rtol=1e-4)  # six turns of products magnify rounding
+
+
 def test_accumulation_on_a_mesh(found):
   np.testing.assert_allclose(found[2]['transformer 2x1 accumulated']['losses'], found[1]['transformer 1x1']['losses'], rtol=1e-5)
 
@@ -148,3 +155,16 @@ def test_one_device_constrains_nothing():
   if jax.device_count() == 1:
     x = jnp.ones(3)
     assert sharding.make_constrain(config, sharding.make_mesh(config))(x, ('batch',)) is x
+
+
+@pytest.mark.parametrize(
+  ('rows', 'cores', 'changes', 'expected'),
+  [
+    (12, 2, {}, 2), (12, 8, {}, 6), (7, 4, {}, 1), (12, 5, {'recurrent': True}, 1), (12, 2, {'data': 1}, 1), (12, 2, {'fsdp': 2}, 1),
+    (7, 4, {'cpu_devices': 3}, 3), (12, 2, {'cpu_devices': 1}, 1),
+  ],
+)  # fmt: skip
+def test_rows_are_split_over_as_many_cores_as_divide_them(monkeypatch, rows, cores, changes, expected):
+  monkeypatch.setattr(sharding.os, 'sched_getaffinity', lambda _: set(range(cores)), raising=False)
+  recurrent = changes.pop('recurrent', False)
+  assert sharding.cpu_devices(sharding.ShardingConfig(**changes), rows, recurrent) == expected

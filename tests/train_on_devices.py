@@ -25,7 +25,7 @@ NUM_STEPS = 20
 TENSOR_RULES = sharding.ShardingConfig().rules | {name: ['fsdp'] for name in ('vocab', 'heads', 'mlp', 'gates')} | {'embed': []}
 
 
-def make(kind, text, batch_size=8, dim=16, data=-1, fsdp=1, rules=None, accumulation_steps=1, num_steps=NUM_STEPS):
+def make(kind, text, batch_size=8, optimizer_kind='adamw', dim=16, data=-1, fsdp=1, rules=None, accumulation_steps=1, num_steps=NUM_STEPS):
   model = {
     'transformer': transformer.TransformerConfig(dim=dim, num_layers=1, num_heads=2, vocab_multiple=4),
     'lstm': lstm.LSTMConfig(dim=dim, num_layers=1, vocab_multiple=4),
@@ -35,7 +35,7 @@ def make(kind, text, batch_size=8, dim=16, data=-1, fsdp=1, rules=None, accumula
     data=corpora.DataConfig(path=str(text)),
     tokenizer=base.TokenizerConfig(kind='char'),
     model=model,
-    optimizer=optimizer.OptimizerConfig(peak_lr=1e-2, warmup_steps=2, schedule_steps=NUM_STEPS),
+    optimizer=optimizer.OptimizerConfig(kind=optimizer_kind, peak_lr=1e-2, warmup_steps=2, schedule_steps=NUM_STEPS),
     sharding=places if rules is None else dataclasses.replace(places, rules=rules),
     training=experiment_lib.TrainingConfig(
       num_steps=num_steps,
@@ -106,6 +106,8 @@ def main(num_devices, text, workdir):
     for data, fsdp in meshes:
       found[f'{kind} {data}x{fsdp}'] = losses_and_places(make(kind, text, data=data, fsdp=fsdp))
       found[f'{kind} {data}x{fsdp}']['scores'] = scores(make(kind, text, data=data, fsdp=fsdp))
+  data, fsdp = meshes[-1]
+  found['muon'] = losses_and_places(make('transformer', text, data=data, fsdp=fsdp, optimizer_kind='muon'))
   if num_devices == 2:
     found['transformer tensor'] = losses_and_places(make('transformer', text, data=1, fsdp=2, rules=TENSOR_RULES))
     found['lstm tensor'] = losses_and_places(make('lstm', text, data=1, fsdp=2, rules=TENSOR_RULES))

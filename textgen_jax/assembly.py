@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from textgen_jax import errors, sharding, trees, workdir
 from textgen_jax import experiment as experiment_lib
@@ -53,12 +54,13 @@ class Parts:
     self.model = build.build(e.model, vocab_size, c.sequence_length, sharding.make_constrain(e.sharding, self.mesh))
     # Samples and scores come in batches that the devices may not divide: XLA spreads them as the params lie.
     self.free_model = build.build(e.model, vocab_size, c.sequence_length)
-    tx = optimizer.build(e.optimizer)
+    self.tx, average = optimizer.build(e.optimizer, sharding.make_spread(self.mesh)), optimizer.make_average(e.optimizer)
     carry_rows = c.batch_size if c.windows == 'contiguous' else 0
-    self.init, self.abstract, self.shardings = state.create(self.model, tx, e.seed, carry_rows, e.sharding, self.mesh)
+    how = (e.seed, carry_rows, e.sharding, self.mesh, average is not None)
+    self.init, self.abstract, self.shardings = state.create(self.model, self.tx, *how)
     deviations = math.inf if c.spike_policy == 'none' else c.spike_deviations
     self.step = jax.jit(
-      step.make_train_step(self.model, tx, optimizer.make_schedule(e.optimizer), c.accumulation_steps, hook, deviations),
+      step.make_train_step(self.model, self.tx, optimizer.make_schedule(e.optimizer), c.accumulation_steps, hook, deviations, average),
       donate_argnums=0,
       out_shardings=(self.shardings, None),
     )
@@ -102,7 +104,11 @@ class Parts:
     """The state before the first step: from the seed, with the params of `init_from` where that names a run."""
     params = self.warm_params() if self.experiment.init_from else None
     train_state = self.init()
-    return train_state if params is None else dataclasses.replace(train_state, params=params)
+    if params is None:
+      return train_state
+    opt_state = jax.jit(self.tx.init, out_shardings=self.shardings.opt_state)(params)
+    trained = None if train_state.trained is None else jax.tree.map(jnp.copy, params)
+    return dataclasses.replace(train_state, params=params, trained=trained, opt_state=opt_state)
 
   def warm_params(self) -> Any:
     """Another run's params, laid out as this one's."""

@@ -10,9 +10,15 @@ from typing import Any
 import jax
 from jax._src import compilation_cache
 
+from textgen_jax import experiment as experiment_lib
+from textgen_jax import sharding
 from textgen_jax.data import downloads
+from textgen_jax.models import build
 
 _SHA256_BYTES = 32
+# Devices of one CPU that wait for each other longer than 40 s end the process: on a laptop that slept, or where many processes share cores.
+_PATIENCE = '--xla_cpu_collective_call_terminate_timeout_seconds=86400'
+_PATIENT_VERSIONS = ((0, 10),)  # that know the flag: an unknown one ends the process too
 _jax_cache = compilation_cache.get_file_cache
 
 
@@ -25,6 +31,21 @@ def keep_compiled() -> None:
   if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
     # Small models' programs take under JAX's threshold of a second each, and there are a dozen of them.
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
+def split_cores(experiment: experiment_lib.Experiment) -> None:
+  """Makes a CPU's cores as many devices as `sharding.cpu_devices` says, unless the user or an earlier use of JAX has settled it."""
+  flags = os.environ.get('XLA_FLAGS', '')
+  if jax.config.values['jax_num_cpu_devices'] != -1 or 'xla_force_host_platform_device_count' in flags:
+    return
+  c = experiment.training
+  devices = sharding.cpu_devices(experiment.sharding, c.batch_size // c.accumulation_steps, build.carries(experiment.model))
+  try:
+    jax.config.update('jax_num_cpu_devices', devices)
+  except RuntimeError:  # devices are there already
+    return
+  if devices > 1 and 'xla_cpu_collective' not in flags and jax.__version_info__[:2] in _PATIENT_VERSIONS:
+    os.environ['XLA_FLAGS'] = f'{flags} {_PATIENCE}'.strip()
 
 
 def _checked_cache(path: str) -> tuple[Any, str] | None:

@@ -68,7 +68,7 @@ MAY_CHANGE = frozenset(
   + [f'training.{name}_every_steps' for name in ('log', 'eval', 'checkpoint', 'sample', 'keep')]
   + [f'training.{name}' for name in ('eval_batch_size', 'sample_prompt', 'sample_temperatures', 'sample_tokens')]
   + [f'training.{name}' for name in ('max_skipped_steps', 'spike_policy', 'spike_deviations', 'rollback_steps')]
-  + ['sharding.data', 'sharding.fsdp', 'sharding.rules']
+  + ['sharding.data', 'sharding.fsdp', 'sharding.cpu_devices', 'sharding.rules']
 )
 
 

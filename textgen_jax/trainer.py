@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from textgen_jax import assembly, errors, signals, watch, workdir
+from textgen_jax import assembly, errors, sharding, signals, watch, workdir
 from textgen_jax import experiment as experiment_lib
 from textgen_jax.data import prefetch, tokens
 from textgen_jax.models import base
@@ -304,7 +304,7 @@ class _Trainer:
     ]
     prompts = [c.sample_prompt] * len(settings)
     for one, completion in zip(
-      settings, generate.generate(self.parts.free_model, params, self.parts.tokenizer, prompts, settings), strict=True
+      settings, generate.generate(self.parts.free_model, sharding.one_copy(params), self.parts.tokenizer, prompts, settings), strict=True
     ):
       text = completion.prompt + completion.text
       progress.say(f'--- step {done}, temperature {one.temperature} ---\n{text}')

@@ -65,7 +65,7 @@ class Watch:
   def _diagnosis(self, done: int, train_state: state.TrainState) -> str:
     key = jax.random.fold_in(train_state.root_key, done - 1)
     try:
-      return self._diagnose(train_state.params, train_state.carry, self.batch(done - 1), key)
+      return self._diagnose(train_state.weights, train_state.carry, self.batch(done - 1), key)
     except RuntimeError as error:  # memory may not do for it
       return f'its loss or gradient is not finite (it could not be run again: {checkpoints.first_line(error)[:80]})'
 

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -5,7 +6,7 @@ from textgen_jax.models import rope
 
 
 def rotate(x, position, theta=10_000.0):
-  return np.asarray(rope.rotate(jnp.asarray(x, jnp.float32), jnp.asarray(position), theta))
+  return np.asarray(rope.rotate(jnp.asarray(x, jnp.float32), rope.rotation(jnp.asarray(position), x.shape[-1], theta)))
 
 
 def test_angles_by_hand():
@@ -40,7 +41,16 @@ def test_norms_stay():
 def test_bfloat16_tells_neighbours_apart_far_out():
   x_BTHK = jnp.ones((1, 2, 1, 2), jnp.bfloat16)
   position_BT = np.array([[1000, 1001]])  # both 1000 in bfloat16
-  actual = rope.rotate(x_BTHK, jnp.asarray(position_BT), 10_000.0)
+  actual = rope.rotate(x_BTHK, rope.rotation(jnp.asarray(position_BT), 2, 10_000.0))
   assert actual.dtype == jnp.bfloat16
   expected = np.stack([np.cos(position_BT) - np.sin(position_BT), np.cos(position_BT) + np.sin(position_BT)], -1)
   np.testing.assert_allclose(actual[:, :, 0].astype(np.float32), expected, atol=0.01)
+
+
+def test_known_positions_turn_as_traced_ones():
+  position_BT = np.arange(9)[None]
+  known, traced = rope.rotation(position_BT, 8, 100.0), jax.jit(lambda p: rope.rotation(p, 8, 100.0))(position_BT)
+  assert isinstance(known.cos_BTK, np.ndarray)
+  for ours, theirs in zip(known, traced, strict=True):
+    assert ours.dtype == theirs.dtype == np.float32
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)

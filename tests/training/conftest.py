@@ -68,6 +68,7 @@ def make_state():
       root_key=jax.random.PRNGKey(seed),
       health=health.fresh(),
       params=params,
+      trained=None,
       opt_state=tx.init(params),
       carry=carry,
     )

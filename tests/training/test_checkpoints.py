@@ -32,6 +32,7 @@ def make(seed=0, carry=True, step=5):
     root_key=jnp.array([1, 2**32 - 1], jnp.uint32),
     health=health.fresh().replace(loss_mean=jnp.float32(1 / 3)),
     params=params,
+    trained=None,
     opt_state=opt_state,
     carry=rows,
   )

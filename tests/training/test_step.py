@@ -379,3 +379,27 @@ def test_streams_that_carry_know_where_documents_start(make_model, make_params, 
       _, logits_BTV = forward(model, params, read[None, start:stop])
       expected += np.asarray(losses.nll(jnp.asarray(logits_BTV), targets[None, start:stop]))[0].tolist()
   np.testing.assert_allclose(found, np.reshape(expected, (-1, length)).sum(axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['adamw', 'schedule_free'])
+def test_an_average_is_scored_and_what_it_is_of_is_trained(kind, make_model, make_params, make_batch, make_state):
+  model, batch = make_model('lstm'), make_batch(3)
+  how = optimizer.OptimizerConfig(kind=kind, schedule='constant', warmup_steps=0, schedule_steps=10, peak_lr=0.05)
+  how.average_decay = 0.5 if kind == 'adamw' else 0.0
+  tx, average = optimizer.build(how), optimizer.make_average(how)
+  params = make_params(model)
+  plain, kept = make_state(params, tx), dataclasses.replace(make_state(params, tx), trained=params)
+  without = jax.jit(step.make_train_step(model, tx, no_rate, 1))
+  with_ = jax.jit(step.make_train_step(model, tx, no_rate, 1, average=average))
+  expected = params
+  for n in range(3):
+    plain, sums = without(plain, batch)
+    kept, kept_sums = with_(kept, batch)
+    assert_trees_equal(sums, kept_sums)  # the loss is of what is trained
+    assert_trees_equal(kept.trained, plain.params)
+    expected = average(expected, plain.params, plain.opt_state, jnp.int32(n))
+    assert_trees_close(kept.params, expected, 1e-6)
+  assert optax.tree.norm(jax.tree.map(jnp.subtract, kept.params, kept.trained)) > 1e-3
+  bad = batch._replace(weights_BT=batch.weights_BT * np.float32(np.nan))
+  skipped, _ = with_(kept, bad)
+  assert_trees_equal((skipped.params, skipped.trained), (kept.params, kept.trained))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from textgen_jax import axes
@@ -18,8 +19,10 @@ MASKED = -1e30  # finite, so that a row with nothing to look at gives no NaN
 class Frame(NamedTuple):
   """Where the tokens of one call stand; the same for every layer."""
 
-  position_BT: jax.Array  # in the token's document, from 0
+  position_BT: jax.Array | np.ndarray  # in the token's document, from 0
+  rotation: rope.Rotation | None  # of queries and keys; None where positions are learned
   mask_BTS: jax.Array  # True where a query may look; B may be 1
+  causal: bool
   cursor: jax.Array | None  # the slot that the call's first token is written to; None without a cache
 
 
@@ -51,15 +54,18 @@ class Attention(nn.Module):
     if c.qk_norm:
       q_BTHK = layers.rms_norm('query_norm', axis=None, dtype=self.dtype)(q_BTHK)
       k_BTGK = layers.rms_norm('key_norm', axis=None, dtype=self.dtype)(k_BTGK)
-    if c.position == 'rotary':
-      q_BTHK = rope.rotate(q_BTHK, frame.position_BT, c.rope_theta)
-      k_BTGK = rope.rotate(k_BTGK, frame.position_BT, c.rope_theta)
+    if frame.rotation is not None:
+      q_BTHK, k_BTGK = rope.rotate(q_BTHK, frame.rotation), rope.rotate(k_BTGK, frame.rotation)
     k_BGSK, v_BGSK = (x.swapaxes(1, 2) for x in (k_BTGK, v_BTGK))
     if cache is not None:
       assert frame.cursor is not None
       cache = tuple(write_slots(old, new, frame.cursor, axis=2) for old, new in zip(cache, (k_BGSK, v_BGSK), strict=True))
       k_BGSK, v_BGSK = cache
-    y_BTHK = self.mix(q_BTHK, k_BGSK, v_BGSK, frame.mask_BTS, deterministic)
+    if frame.causal and type(self) is Attention and c.dropout == 0:
+      from textgen_jax.models import causal_attention
+      y_BTHK = causal_attention.attend(q_BTHK, k_BGSK, v_BGSK)
+    else:
+      y_BTHK = self.mix(q_BTHK, k_BGSK, v_BGSK, frame.mask_BTS, deterministic)
     y = y_BTHK.reshape(batch, time, c.dim)
     return layers.Dense(c.dim, (axes.HEADS, axes.EMBED), self.output_init, c.bias, self.dtype, name='output')(y), cache
 

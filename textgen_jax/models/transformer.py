@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 
 from textgen_jax import axes
-from textgen_jax.models import attention, base, layers
+from textgen_jax.models import attention, base, layers, rope
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -137,9 +138,12 @@ class Transformer(nn.Module):
     if self.slides and tokens_BT.shape[1] > self.context_length:
       raise ValueError(f'{tokens_BT.shape[1]} tokens in one call, but learned positions end at {self.context_length}')
     frame, cache = locate(tokens_BT, cache, valid_BT, starts_BT, self.context_length)
+    if self.config.position == 'rotary':
+      head_dim = self.config.dim // self.config.num_heads
+      frame = frame._replace(rotation=rope.rotation(frame.position_BT, head_dim, self.config.rope_theta))
     x_BTD = self.embed(tokens_BT)
     if self.slides:
-      x_BTD = x_BTD + self.position(frame.position_BT)
+      x_BTD = x_BTD + self.position(jnp.asarray(frame.position_BT))
     x_BTD = self.constrain(self.embed_dropout(x_BTD, deterministic=deterministic), layers.RESIDUAL)
     written = []
     for i, block in enumerate(self.block):
@@ -213,7 +217,7 @@ def locate(
   if cache is None and valid_BT is None and starts_BT is None:
     t = jnp.arange(time)
     mask_TS = (t[None, :] <= t[:, None]) & (t[None, :] > t[:, None] - window)
-    return attention.Frame(t[None], mask_TS[None], None), None
+    return attention.Frame(np.arange(time)[None], None, mask_TS[None], time <= window, None), None
   valid_BT = jnp.ones((batch, time), bool) if valid_BT is None else valid_BT
   count_B = jnp.zeros((batch,), jnp.int32) if cache is None else cache.count_B
   document_B = jnp.zeros((batch,), jnp.int32) if cache is None else cache.document_B
@@ -236,7 +240,7 @@ def locate(
     )
   first_BT = jnp.maximum(jnp.maximum(document_BT, index_BT - window + 1), 0)  # the oldest token in sight
   mask_BTS = (index_BS[:, None, :] <= index_BT[:, :, None]) & (index_BS[:, None, :] >= first_BT[:, :, None])
-  return attention.Frame(jnp.maximum(index_BT - document_BT, 0), mask_BTS, cursor), cache
+  return attention.Frame(jnp.maximum(index_BT - document_BT, 0), None, mask_BTS, False, cursor), cache
 
 
 def norm(name: str | None, config: TransformerConfig, dtype: str) -> nn.Module:

@@ -95,7 +95,9 @@ def replay(directory: str | os.PathLike, number: int, hook: step.LossHook = step
   last = max([*run.steps, *(line['step'] for line in run.log)], default=0)
   if not 1 <= number <= last:
     raise errors.UserError(f'--step={number} is not in [1, {last}], the steps that {directory} has trained')
-  parts = assembly.Parts(experiment_of(run, number), run.directory, hook)
+  experiment = experiment_of(run, number)
+  compilation.split_cores(experiment)  # the same devices give the same bits
+  parts = assembly.Parts(experiment, run.directory, hook)
   jumps = [jump for jump in jumps_of(run) if jump.step <= number]
   train_state = parts.fresh() if run.kept is None else rerun.nearest(parts, run.kept, number - 1)
   restored = int(train_state.step)
@@ -171,18 +173,18 @@ def look_into(parts: assembly.Parts, train_state: state.TrainState, batch: Any) 
   nll_BT = np.zeros(batch.targets_BT.shape, np.float32)
   totals: Any = None
   for i, (micro_batch, carry, micro_key) in enumerate(step.each_micro_batch(steps, batch, train_state.carry, key)):
-    (value, (nll_BT[i::steps], weight)), grads = examine(train_state.params, carry, micro_batch, micro_key)
+    (value, (nll_BT[i::steps], weight)), grads = examine(train_state.weights, carry, micro_batch, micro_key)
     found = value, weight, grads
     totals = found if totals is None else jax.tree.map(jnp.add, totals, found)
   value, weight, grads = jax.device_get(totals)
   weight = max(float(weight), 1.0)
-  params = jax.device_get(train_state.params)
+  params = jax.device_get(train_state.weights)
   return Detail(jax.device_get(batch), nll_BT, float(value) / weight, jax.tree.map(lambda g: g / weight, grads), params)
 
 
 def _diagnosis(parts: assembly.Parts, train_state: state.TrainState, place: int, key: jax.Array) -> str:
   find = diagnose.make_diagnose(parts.model, parts.hook, parts.experiment.training.accumulation_steps)
-  return find(train_state.params, train_state.carry, parts.batch(place), key)
+  return find(train_state.weights, train_state.carry, parts.batch(place), key)
 
 
 def row_lines(tokenizer: base.Tokenizer, detail: Detail, rows: int) -> Iterator[dict[str, Any]]:

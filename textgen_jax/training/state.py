@@ -23,9 +23,15 @@ class TrainState:
   data_offset: jax.Array  # batches skipped on purpose: the next one is that of `step + data_offset`
   root_key: jax.Array  # uint32 key data; step keys are fold_in(root_key, step)
   health: health.Health
-  params: Any
+  params: Any  # what is scored and sampled from: the trained ones, or an average of them
+  trained: Any  # what updates are applied to, where `params` are an average of it; else None
   opt_state: Any
   carry: Any  # the model's cache between contiguous batches; None with random windows
+
+  @property
+  def weights(self) -> Any:
+    """The parameters whose gradient is taken."""
+    return self.params if self.trained is None else self.trained
 
 
 def create(
@@ -35,6 +41,7 @@ def create(
   carry_rows: int,
   config: sharding.ShardingConfig,
   mesh: Mesh,
+  averages: bool = False,
 ) -> tuple[Any, TrainState, TrainState]:
   """How to make a fresh state: shapes, then shardings, then a jitted init.
 
@@ -45,6 +52,7 @@ def create(
     carry_rows: rows of carry to keep (the batch size); 0 for none.
     config: rules of sharding.
     mesh: the mesh.
+    averages: whether `params` are to be an average of the trained ones.
 
   Returns:
     A function without arguments that makes the state where it belongs; the state's
@@ -63,6 +71,7 @@ def create(
       root_key=root_key,
       health=health.fresh(),
       params=params,
+      trained=params if averages else None,
       opt_state=tx.init(params),
       carry=carry,
     )
@@ -77,7 +86,8 @@ def create(
     root_key=everywhere,
     health=jax.tree.map(lambda _: everywhere, abstract.health),
     params=params,
-    opt_state=sharding.optimizer_shardings(tx, abstract.opt_state, params, mesh),
+    trained=params if averages else None,
+    opt_state=sharding.optimizer_shardings(abstract.opt_state, abstract.params, params, mesh),
     carry=jax.tree.map(lambda _: sharding.batch_sharding(config, mesh), abstract.carry),
   )
   return jax.jit(init, out_shardings=shardings), abstract, shardings

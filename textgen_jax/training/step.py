@@ -12,7 +12,7 @@ import optax
 from textgen_jax import errors
 from textgen_jax.data import windows
 from textgen_jax.models import base
-from textgen_jax.training import health, losses, state
+from textgen_jax.training import health, losses, optimizer, state
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight); the division happens on the host
 
@@ -122,11 +122,13 @@ def make_train_step(
   accumulation_steps: int,
   hook: LossHook = no_hook,
   spike_deviations: float = math.inf,
+  average: optimizer.Average | None = None,
 ) -> Callable[[state.TrainState, windows.Batch], tuple[state.TrainState, Sums]]:
   """The step, to be jitted with its state donated.
 
   A step whose loss or gradient isn't finite leaves parameters, moments, the schedule's count and the carry as they
-  were, and so does one whose loss stands `spike_deviations` above the losses before; infinity lets all spikes through.
+  were, and so does one whose loss stands `spike_deviations` above the losses before; infinity lets all spikes through. With an `average`
+  the state's `params` are that of its `trained` ones.
   """
 
   def loss_sum(params: Any, carry: Any, batch: windows.Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Sums]]:
@@ -161,26 +163,30 @@ def make_train_step(
 
   def train_step(old: state.TrainState, batch: windows.Batch) -> tuple[state.TrainState, Sums]:
     key = jax.random.fold_in(old.root_key, old.step)
-    grads, carry, sums = summed_grads(old.params, old.carry, batch, key)
+    grads, carry, sums = summed_grads(old.weights, old.carry, batch, key)
     objective, weight = sums.pop('objective')  # the loss and the hook's term
     mean_loss = sums['loss'][0] / jnp.maximum(weight, 1.0)
     grads = jax.tree.map(lambda g: g / jnp.maximum(weight, 1.0), grads)
     norm = optax.tree.norm(grads)  # finite gradients of 1e19 and above overflow it, and the step is bad then too
-    updates, opt_state = tx.update(grads, old.opt_state, old.params)
+    updates, opt_state = tx.update(grads, old.opt_state, old.weights)
+    weights = optax.apply_updates(old.weights, updates)
+    params = weights if average is None else average(old.params, weights, opt_state, old.updates)
+    trained = None if average is None else weights
     one = jnp.ones(())
     good = jnp.isfinite(objective) & jnp.isfinite(norm)
     spiked = good & health.is_spike(old.health, mean_loss, spike_deviations)
     applied = good & ~spiked
-    params, opt_state, carry = jax.tree.map(
+    params, trained, opt_state, carry = jax.tree.map(
       lambda new, previous: jnp.where(applied, new, previous),
-      (optax.apply_updates(old.params, updates), opt_state, carry),
-      (old.params, old.opt_state, old.carry),
+      (params, trained, opt_state, carry),
+      (old.params, old.trained, old.opt_state, old.carry),
     )
     new = dataclasses.replace(
       old,
       step=old.step + 1,
       updates=old.updates + applied,
       params=params,
+      trained=trained,
       opt_state=opt_state,
       carry=carry,
       health=health.observe(old.health, mean_loss, counts=applied & (weight > 0), applied=applied, spiked=spiked),
