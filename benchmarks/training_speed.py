@@ -149,18 +149,21 @@ def ours(setting: str, own_block: bool) -> Steps:
       dim=s.dim, num_layers=s.num_layers, num_heads=s.num_heads, position='learned', norm='layer', activation='gelu', qk_norm=False,
       tied_embedding=True, init='gpt2',
     )  # fmt: skip
-  model = build.build(config, VOCAB_SIZE, s.sequence_length)
+  mesh_config = sharding.ShardingConfig()
+  jax.config.update('jax_num_cpu_devices', sharding.cpu_devices(mesh_config, s.batch_size, not s.num_heads))
+  mesh = sharding.make_mesh(mesh_config)
+  model = build.build(config, VOCAB_SIZE, s.sequence_length, sharding.make_constrain(mesh_config, mesh))
   how = optimizer.OptimizerConfig(
     peak_lr=PEAK_LR, final_lr=FINAL_LR, warmup_steps=WARMUP_STEPS, schedule_steps=SCHEDULE_STEPS, b1=B1, b2=B2,
     weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM,
   )  # fmt: skip
   tx = optimizer.build(how)
-  mesh_config = sharding.ShardingConfig()
-  init, _, _ = state.create(model, tx, 0, 0, mesh_config, sharding.make_mesh(mesh_config))
-  take = jax.jit(step.make_train_step(model, tx, optimizer.make_schedule(how), 1), donate_argnums=0)
+  init, _, shardings = state.create(model, tx, 0, 0, mesh_config, mesh)
+  take = jax.jit(step.make_train_step(model, tx, optimizer.make_schedule(how), 1), donate_argnums=0, out_shardings=(shardings, None))
+  place = sharding.batch_sharding(mesh_config, mesh)
   weights_BT = np.ones((s.batch_size, s.sequence_length), np.float32)
   texts = [x.astype(np.int32) for x in batches(setting)]
-  made = [jax.device_put(windows.Batch(x[:, :-1], x[:, 1:], weights_BT, None)) for x in texts]
+  made = [jax.device_put(windows.Batch(x[:, :-1], x[:, 1:], weights_BT, None), place) for x in texts]
   train_state = init()
 
   def steps(count: int) -> float:
@@ -219,7 +222,8 @@ def their_layer() -> Steps:
   return steps
 
 
-def theirs(setting: str) -> Steps:
+def their_training(setting: str) -> tuple[Any, Callable[[Any], Any]]:
+  """The model, and a step on a batch of T + 1 ids a row that gives the loss."""
   import torch
 
   torch.manual_seed(0)
@@ -230,17 +234,28 @@ def theirs(setting: str) -> Steps:
   groups = [{'params': decays, 'weight_decay': WEIGHT_DECAY}, {'params': others, 'weight_decay': 0.0}]
   optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(B1, B2), fused=True)
   schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(_share_of_peak))
+
+  def take(batch: Any) -> Any:
+    loss = torch.nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+    optimizer.step()
+    schedule.step()
+    return loss
+
+  return model, take
+
+
+def theirs(setting: str) -> Steps:
+  import torch
+
   made = [torch.from_numpy(x) for x in batches(setting)]
+  _, take = their_training(setting)
 
   def steps(count: int) -> float:
     for i in range(count):
-      x, y = made[i % len(made)][:, :-1], made[i % len(made)][:, 1:]
-      loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
-      optimizer.zero_grad(set_to_none=True)
-      loss.backward()
-      torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-      optimizer.step()
-      schedule.step()
+      loss = take(made[i % len(made)])
     return loss.item()
 
   return steps

@@ -108,7 +108,8 @@ NAN, INF = float('nan'), float('inf')
 @pytest.mark.parametrize(
   ('field', 'value', 'constraint'),
   [
-    *[(name, value, 'a finite number of at least 0') for name in ('peak_lr', 'final_lr', 'weight_decay', 'clip_norm', 'matrix_lr', 'embedding_lr_scale')
+    *[(name, value, 'a finite number of at least 0')
+      for name in ('peak_lr', 'final_lr', 'weight_decay', 'clip_norm', 'matrix_lr', 'embedding_lr_scale')
       for value in (NAN, INF, -1e-3)],
     *[('eps', value, 'a finite number above 0') for value in (NAN, INF, 0.0, -1e-8)],
     *[(name, value, r'in \[0, 1\)') for name in ('b1', 'b2', 'matrix_momentum', 'average_decay') for value in (NAN, 1.0, -0.1)],
