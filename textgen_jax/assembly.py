@@ -12,7 +12,7 @@ from textgen_jax import errors, sharding, trees, workdir
 from textgen_jax import experiment as experiment_lib
 from textgen_jax.data import prepare, tokens, windows
 from textgen_jax.models import build
-from textgen_jax.training import optimizer, state, step
+from textgen_jax.training import evaluate, optimizer, state, step
 
 
 class Parts:
@@ -20,21 +20,21 @@ class Parts:
 
   Args:
     experiment: what to train; it isn't changed.
-    directory: the workdir, which need not exist.
+    directory: the workdir, which need not exist; None: nothing is kept of the run.
     hook: adds terms to the loss.
 
   Raises:
     UserError: something doesn't fit: a value, the text, the devices, or what the workdir holds.
   """
 
-  def __init__(self, experiment: experiment_lib.Experiment, directory: pathlib.Path, hook: step.LossHook):
+  def __init__(self, experiment: experiment_lib.Experiment, directory: pathlib.Path | None, hook: step.LossHook):
     experiment_lib.check(experiment)
-    for path in (directory, *directory.parents):
+    for path in (directory, *directory.parents) if directory else ():
       if path.exists() and not path.is_dir():
         raise errors.UserError(f'workdir={str(directory)!r}: {path} is a file')
     self.directory, self.hook = directory, hook
     # The step to go on from and what it says of itself; None: a fresh start.
-    newest = workdir.newest(directory)
+    newest = workdir.newest(directory) if directory else None
     self.stored_step = None if newest is None else newest[0]
     self.stored = None if newest is None else newest[1]
     stored, self.stored_fingerprint = None, ''
@@ -59,11 +59,9 @@ class Parts:
     how = (e.seed, carry_rows, e.sharding, self.mesh, average is not None)
     self.init, self.abstract, self.shardings = state.create(self.model, self.tx, *how)
     deviations = math.inf if c.spike_policy == 'none' else c.spike_deviations
-    self.step = jax.jit(
-      step.make_train_step(self.model, self.tx, optimizer.make_schedule(e.optimizer), c.accumulation_steps, hook, deviations, average),
-      donate_argnums=0,
-      out_shardings=(self.shardings, None),
-    )
+    schedule = optimizer.make_schedule(e.optimizer)
+    self.train_step = step.make_train_step(self.model, self.tx, schedule, c.accumulation_steps, hook, deviations, average)
+    self.step = jax.jit(self.train_step, donate_argnums=0, out_shardings=(self.shardings, None))
     self.batch_sharding = sharding.batch_sharding(e.sharding, self.mesh)
 
   def _read_text(self) -> None:
@@ -132,9 +130,23 @@ class Parts:
   def put(self, batch: Any) -> Any:
     return jax.device_put(batch, self.batch_sharding)
 
+  def score(self, params: Any, split: tokens.Split) -> evaluate.Score:
+    """The score of the val split, or of its beginning."""
+    c = self.experiment.training
+    return evaluate.evaluate(
+      self.free_model,
+      params,
+      split,
+      evaluate.Reading(length=c.sequence_length, carried=c.windows == 'contiguous', end_of_text=self.end_of_text),
+      standardizes=self.tokenizer.standardizes,
+      batch_size=-(-c.eval_batch_size // self.row_ways) * self.row_ways,
+      divisor=self.row_ways,
+      put=self.put,
+    )
+
 
 def reconcile(
-  given: experiment_lib.Experiment, stored: experiment_lib.Experiment | None, directory: pathlib.Path
+  given: experiment_lib.Experiment, stored: experiment_lib.Experiment | None, directory: pathlib.Path | None
 ) -> tuple[experiment_lib.Experiment, list[str]]:
   """What to run: `given`, resolved; and how it differs from `stored`, in fields that may change on resume."""
   if stored is None:

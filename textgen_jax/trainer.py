@@ -53,11 +53,11 @@ def train(experiment: experiment_lib.Experiment, directory: str | os.PathLike, h
       stands = directory.is_dir()
       if stands:  # what another trainer is writing would look damaged
         stack.enter_context(workdir.locked(directory))
-      trainer = _Trainer(assembly.Parts(experiment, directory, hook), stop, began)
+      trainer = _Trainer(assembly.Parts(experiment, directory, hook), directory, stop, began)
       if not stands:
         stack.enter_context(workdir.locked(directory))
         if checkpoints.listed(directory / 'checkpoints'):  # another trainer was here since we looked
-          trainer = _Trainer(assembly.Parts(experiment, directory, hook), stop, began)
+          trainer = _Trainer(assembly.Parts(experiment, directory, hook), directory, stop, began)
       return trainer.finish(trainer.run(stack))
   except OSError as error:
     raise errors.MachineFailed(f'{error.filename or directory}: {error.strerror or error}') from error
@@ -66,8 +66,8 @@ def train(experiment: experiment_lib.Experiment, directory: str | os.PathLike, h
 class _Trainer:
   """The loop's state on the host."""
 
-  def __init__(self, parts: assembly.Parts, stop: signals.Stop, began: float):
-    self.parts, self.config, self.directory = parts, parts.experiment.training, parts.directory
+  def __init__(self, parts: assembly.Parts, directory: pathlib.Path, stop: signals.Stop, began: float):
+    self.parts, self.config, self.directory = parts, parts.experiment.training, directory
     self.stop, self.began = stop, began
     self.fresh: Any = parts.fresh() if parts.stored is None else None
     self.flops_per_token = base.flops_per_token(parts.model, parts.abstract.params, self.config.sequence_length)
@@ -266,18 +266,7 @@ class _Trainer:
     self.logged_at, self.logged_step, self.skipped = now, done, skipped
 
   def score_val(self, params: Any, split: tokens.Split) -> evaluate.Score:
-    """The score of the val split, or of its beginning."""
-    c, parts = self.config, self.parts
-    return evaluate.evaluate(
-      parts.free_model,
-      params,
-      split,
-      evaluate.Reading(length=c.sequence_length, carried=c.windows == 'contiguous', end_of_text=parts.end_of_text),
-      standardizes=parts.tokenizer.standardizes,
-      batch_size=-(-c.eval_batch_size // parts.row_ways) * parts.row_ways,
-      divisor=parts.row_ways,
-      put=parts.put,
-    )
+    return self.parts.score(params, split)
 
   def is_whole(self, score: evaluate.Score) -> bool:
     return score.tokens == self.parts.val.documents['tokens'].sum()
