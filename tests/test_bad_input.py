@@ -72,6 +72,8 @@ def check_cache():
     ('--config.model.num_layers=1001', ['model.num_layers=1001', 'above 1000']),
     ('--config.model.dim=99999999999', ['model.dim=99999999999', '2**31']),
     ('--config.model.position=rotray', ['rotray', "did you mean 'rotary'?"]),
+    ('--config.model.attention_kernel=cudn', ['cudn', "did you mean 'cudnn'?"]),
+    ('--config.model.attention_kernel=cudnn', ["model.attention_kernel='cudnn'", 'NVIDIA GPU', 'cpu']),
     ('--config.model.dropout=1', ['model.dropout=1.0', '[0, 1)']),
     ('--config.model.dropout=nan', ['model.dropout=nan', '[0, 1)']),
     ('--config.optimizer.peak_lr=-1', ['optimizer.peak_lr=-1.0', 'at least 0']),

@@ -64,6 +64,14 @@ def test_accumulation_on_a_mesh(found):
   np.testing.assert_allclose(found[2]['transformer 2x1 accumulated']['losses'], found[1]['transformer 1x1']['losses'], rtol=1e-5)
 
 
+def test_a_kernel_on_each_device_s_own_rows(found):
+  result = found[2]['split rows']
+  assert result['ways'] == 2
+  for split, whole in zip(result['split'], result['whole'], strict=True):
+    assert np.abs(whole).max() > 0.1
+    np.testing.assert_allclose(split, whole, rtol=1e-5, atol=1e-5)
+
+
 def test_a_run_goes_on_with_another_number_of_devices(found):
   losses = {line['step']: line['train/loss'] for line in found['run'] if 'train/loss' in line}
   assert list(losses) == list(range(1, 21))  # 5 steps on one device, 5 more on two, 10 more on four

@@ -6,6 +6,7 @@ Prints JSON: losses and places by mesh, and the errors of what doesn't fit.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 from textgen_jax import assembly, errors, sharding, trainer, trees
 from textgen_jax import experiment as experiment_lib
 from textgen_jax.data import corpora, tokens
-from textgen_jax.models import lstm, transformer
+from textgen_jax.models import attention_kernels, lstm, transformer
 from textgen_jax.text import base
 from textgen_jax.training import evaluate, optimizer, step
 
@@ -89,6 +90,22 @@ def scores(experiment):
   return {name: evaluate.evaluate(parts.free_model, params, split, reading, **how).nll_sums.tolist() for name, reading in readings.items()}
 
 
+def split_rows():
+  """A TPU's kernel, interpreted, each device on its own rows; beside it on all rows at once."""
+  config = sharding.ShardingConfig()
+  constrain = sharding.make_constrain(config, sharding.make_mesh(config))
+  rng = np.random.default_rng(0)
+  q_BTHK = rng.normal(size=(4, 128, 2, 8)).astype(np.float32)
+  k_BGSK, v_BGSK = rng.normal(size=(2, 4, 1, 128, 8)).astype(np.float32)
+  sight = attention_kernels.Sight(128, rng.integers(3, size=(4, 128), dtype=np.int32))
+  attend = functools.partial(attention_kernels.splash, interpret=True)
+  found = {'ways': constrain.row_ways}
+  for name, function in {'split': constrain.split_rows(attend), 'whole': attend}.items():
+    grads = jax.jit(jax.grad(lambda *a, f=function: (f(*a, sight) ** 2).sum(), argnums=(0, 1, 2)))(q_BTHK, k_BGSK, v_BGSK)
+    found[name] = [np.asarray(x)[:, ::7].ravel()[::31].tolist() for x in grads]
+  return found
+
+
 def complaint(experiment):
   try:
     assemble(experiment)
@@ -109,6 +126,7 @@ def main(num_devices, text, workdir):
   data, fsdp = meshes[-1]
   found['muon'] = losses_and_places(make('transformer', text, data=data, fsdp=fsdp, optimizer_kind='muon'))
   if num_devices == 2:
+    found['split rows'] = split_rows()
     found['transformer tensor'] = losses_and_places(make('transformer', text, data=1, fsdp=2, rules=TENSOR_RULES))
     found['lstm tensor'] = losses_and_places(make('lstm', text, data=1, fsdp=2, rules=TENSOR_RULES))
     found['transformer 2x1 accumulated'] = losses_and_places(make('transformer', text, data=2, accumulation_steps=2))

@@ -52,6 +52,7 @@ class Parts:
     self._read_text()
     vocab_size = self.tokenizer.vocab_size
     self.model = build.build(e.model, vocab_size, c.sequence_length, sharding.make_constrain(e.sharding, self.mesh))
+    build.check_kernel(self.model, c.sequence_length, c.mask_documents)
     # Samples and scores come in batches that the devices may not divide: XLA spreads them as the params lie.
     self.free_model = build.build(e.model, vocab_size, c.sequence_length)
     self.tx, average = optimizer.build(e.optimizer, sharding.make_spread(self.mesh)), optimizer.make_average(e.optimizer)

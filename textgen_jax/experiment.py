@@ -60,7 +60,7 @@ class Experiment:
   training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
 
 
-# Fields that may differ when a run goes on: none changes a step but for rounding on another mesh, and for what is done about spikes.
+# Fields that may differ when a run goes on: none changes a step but for rounding (mesh, kernel), and for what is done about spikes.
 # Where text and tokenizer lie isn't compared: that they are the same is told by their fingerprints.
 MAY_CHANGE = frozenset(
   ['time_limit_minutes', 'training.num_steps', 'training.keep_checkpoints', 'training.profile_steps', 'tokenizer.model_path']
@@ -68,7 +68,7 @@ MAY_CHANGE = frozenset(
   + [f'training.{name}_every_steps' for name in ('log', 'eval', 'checkpoint', 'sample', 'keep')]
   + [f'training.{name}' for name in ('eval_batch_size', 'sample_prompt', 'sample_temperatures', 'sample_tokens')]
   + [f'training.{name}' for name in ('max_skipped_steps', 'spike_policy', 'spike_deviations', 'rollback_steps')]
-  + ['sharding.data', 'sharding.fsdp', 'sharding.cpu_devices', 'sharding.rules']
+  + ['sharding.data', 'sharding.fsdp', 'sharding.cpu_devices', 'sharding.rules', 'model.attention_kernel']
 )
 
 

@@ -102,6 +102,16 @@ class MeshConstrain:
     rules = {name: list(mesh_axes) for name, mesh_axes in self.rules}
     return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, _spec(names, rules)))
 
+  @property
+  def row_ways(self) -> int:
+    """How many ways rows are split."""
+    return math.prod(self.mesh.shape[axis] for axis in dict(self.rules)[axes.BATCH])
+
+  def split_rows(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of arrays that lead with B, each device on its own rows: the compiler can't split a kernel by itself."""
+    rows = PartitionSpec(dict(self.rules)[axes.BATCH] or None)
+    return jax.shard_map(function, mesh=self.mesh, in_specs=rows, out_specs=rows, check_vma=False)
+
 
 def make_constrain(config: ShardingConfig, mesh: Mesh) -> base.Constrain:
   """What models call on their activations."""

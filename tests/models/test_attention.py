@@ -19,7 +19,7 @@ def kernels(**by_name):
 
 
 def frame(mask_BTS):
-  return attention.Frame(np.arange(mask_BTS.shape[1])[None], None, mask_BTS, False, None)
+  return attention.Frame(np.arange(mask_BTS.shape[1])[None], mask_BTS, None)
 
 
 def test_three_tokens_by_hand():

@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from textgen_jax import axes
-from textgen_jax.models import base, layers, rope
+from textgen_jax.models import attention_kernels, base, causal_attention, layers, rope
 
 MASKED = -1e30  # finite, so that a row with nothing to look at gives no NaN
 
@@ -20,10 +20,10 @@ class Frame(NamedTuple):
   """Where the tokens of one call stand; the same for every layer."""
 
   position_BT: jax.Array | np.ndarray  # in the token's document, from 0
-  rotation: rope.Rotation | None  # of queries and keys; None where positions are learned
   mask_BTS: jax.Array  # True where a query may look; B may be 1
-  causal: bool
   cursor: jax.Array | None  # the slot that the call's first token is written to; None without a cache
+  rotation: rope.Rotation | None = None  # of queries and keys; None where positions are learned
+  sight: attention_kernels.Sight | None = None  # the same mask as a rule, where there is one that kernels know
 
 
 class Attention(nn.Module):
@@ -61,13 +61,24 @@ class Attention(nn.Module):
       assert frame.cursor is not None
       cache = tuple(write_slots(old, new, frame.cursor, axis=2) for old, new in zip(cache, (k_BGSK, v_BGSK), strict=True))
       k_BGSK, v_BGSK = cache
-    if frame.causal and type(self) is Attention and c.dropout == 0:
-      from textgen_jax.models import causal_attention
-      y_BTHK = causal_attention.attend(q_BTHK, k_BGSK, v_BGSK)
-    else:
-      y_BTHK = self.mix(q_BTHK, k_BGSK, v_BGSK, frame.mask_BTS, deterministic)
+    y_BTHK = self.mix_by_kernel(q_BTHK, k_BGSK, v_BGSK, frame, deterministic)
     y = y_BTHK.reshape(batch, time, c.dim)
     return layers.Dense(c.dim, (axes.HEADS, axes.EMBED), self.output_init, c.bias, self.dtype, name='output')(y), cache
+
+  def mix_by_kernel(self, q_BTHK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, frame: Frame, deterministic: bool) -> jax.Array:
+    """`mix`, or what equals it without holding all weights at once. A variant's own mathematics is never passed over."""
+    dropout = 0.0 if deterministic else self.config.dropout
+    changed = has_own_mathematics(type(self))
+    how = (q_BTHK, k_BGSK, frame.sight, self.constrain)
+    kernel = attention_kernels.choose(self.config.attention_kernel, *how, dropout=dropout, changed=changed)
+    if kernel == 'plain' or frame.sight is None:
+      return self.mix(q_BTHK, k_BGSK, v_BGSK, frame.mask_BTS, deterministic)
+    if kernel == 'causal':
+      return causal_attention.attend(q_BTHK, k_BGSK, v_BGSK)
+    if kernel == 'blocks':
+      key = self.make_rng('dropout') if dropout else None
+      return attention_kernels.blocks(q_BTHK, k_BGSK, v_BGSK, frame.sight, dropout, key)
+    return attention_kernels.apply(kernel, q_BTHK, k_BGSK, v_BGSK, frame.sight, self.constrain)
 
   def mix(self, q_BTHK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, mask_BTS: jax.Array, deterministic: bool) -> jax.Array:
     """What each query draws from the values it may look at, [B, T, H, K]."""
@@ -90,6 +101,11 @@ class Attention(nn.Module):
     groups = v_BGSK.shape[1]
     p_BGRTS = p_BHTS.astype(v_BGSK.dtype).reshape(batch, groups, heads // groups, time, size)
     return jnp.einsum('BGRTS,BGSK->BTGRK', p_BGRTS, v_BGSK).reshape(batch, time, heads, -1)
+
+
+def has_own_mathematics(attention_class: type[nn.Module]) -> bool:
+  """Whether a variant changes what kernels would compute in one go."""
+  return any(getattr(attention_class, name) is not getattr(Attention, name) for name in ('mix', 'scores', 'collect'))
 
 
 def write_slots(buffer: jax.Array, new: jax.Array, cursor: jax.Array, axis: int = 1) -> jax.Array:

@@ -7,8 +7,10 @@ import math
 from collections.abc import Collection
 from typing import Any
 
+import jax
+
 from textgen_jax import errors
-from textgen_jax.models import base, lstm, transformer
+from textgen_jax.models import attention, attention_kernels, base, layers, lstm, transformer
 
 ModelConfig = transformer.TransformerConfig | lstm.LSTMConfig
 
@@ -29,6 +31,7 @@ CHOICES: dict[str, Collection[str]] = {
   'norm': ('rms', 'layer'),
   'activation': ('relu2', 'swiglu', 'gelu'),
   'attention': ATTENTIONS,
+  'attention_kernel': attention_kernels.KERNELS,
   'init': ('zero_residual', 'gpt2'),
   'compute_dtype': ('auto', 'float32', 'bfloat16'),
 }
@@ -82,6 +85,30 @@ def check(config: ModelConfig) -> None:
     )
   if not (math.isfinite(config.rope_theta) and config.rope_theta > 1):
     raise errors.UserError(f'model.rope_theta={config.rope_theta} is not a finite number above 1')
+
+
+def check_kernel(model: Any, length: int, segmented: bool) -> None:
+  """Raises UserError where `model.attention_kernel` names a kernel that can't train the model here.
+
+  Args:
+    model: what `build` gives, for training.
+    length: tokens a row.
+    segmented: whether rows have several documents that don't see each other.
+  """
+  if not isinstance(model, transformer.Transformer) or model.config.attention_kernel in ('auto', 'plain'):
+    return
+  c = model.config
+  head_dim, dtype = c.dim // c.num_heads, layers.resolve_dtype(c.compute_dtype)
+  rows = getattr(model.constrain, 'row_ways', 1)
+  q_BTHK = jax.ShapeDtypeStruct((rows, length, c.num_heads, head_dim), dtype)
+  k_BGSK = jax.ShapeDtypeStruct((rows, c.num_kv_heads or c.num_heads, length, head_dim), dtype)
+  sight = attention_kernels.Sight(model.window, jax.ShapeDtypeStruct((rows, length), 'int32') if segmented else None)
+  changed = attention.has_own_mathematics(model.attention_class)
+  reason = attention_kernels.obstacle(
+    c.attention_kernel, q_BTHK, k_BGSK, sight, model.constrain, dropout=c.dropout, changed=changed
+  )
+  if reason:
+    raise errors.UserError(f'model.attention_kernel={c.attention_kernel!r}: {reason}')
 
 
 def _at_least(config: ModelConfig, name: str, low: int) -> None:

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import struct
 
 from textgen_jax import axes
-from textgen_jax.models import attention, base, layers, rope
+from textgen_jax.models import attention, attention_kernels, base, layers, rope
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -28,6 +28,7 @@ class TransformerConfig:
   norm: str = 'rms'  # rms | layer
   activation: str = 'relu2'  # relu2 | swiglu | gelu
   attention: str = 'softmax'  # a name in models/build.py's table
+  attention_kernel: str = 'auto'  # auto (the backend's own where it can) | plain | causal (CPU) | cudnn (GPU) | splash (TPU) | blocks
   qk_norm: bool = True  # RMS norm of queries and keys
   bias: bool = False  # in dense layers and layer norms
   tied_embedding: bool = False  # one table for input and output
@@ -217,7 +218,8 @@ def locate(
   if cache is None and valid_BT is None and starts_BT is None:
     t = jnp.arange(time)
     mask_TS = (t[None, :] <= t[:, None]) & (t[None, :] > t[:, None] - window)
-    return attention.Frame(np.arange(time)[None], None, mask_TS[None], time <= window, None), None
+    return attention.Frame(np.arange(time)[None], mask_TS[None], None, sight=attention_kernels.Sight(window)), None
+  holes = valid_BT is not None
   valid_BT = jnp.ones((batch, time), bool) if valid_BT is None else valid_BT
   count_B = jnp.zeros((batch,), jnp.int32) if cache is None else cache.count_B
   document_B = jnp.zeros((batch,), jnp.int32) if cache is None else cache.document_B
@@ -227,7 +229,9 @@ def locate(
     begun_BT = jax.lax.cummax(jnp.where(starts_BT & valid_BT, index_BT, -1), axis=1)
     document_BT = jnp.maximum(document_BT, begun_BT)
   entry_BT = jnp.where(valid_BT, index_BT, -1)
-  cursor, index_BS = None, entry_BT
+  cursor, index_BS, sight = None, entry_BT, None
+  if cache is None and (time <= window or not holes):  # a window over holes is no distance between places
+    sight = attention_kernels.Sight(window, jnp.where(valid_BT, document_BT, -1))
   if cache is not None:
     cursor = cache.cursor_B[0]
     index_BS = attention.write_slots(cache.index_BS, entry_BT, cursor)
@@ -240,7 +244,7 @@ def locate(
     )
   first_BT = jnp.maximum(jnp.maximum(document_BT, index_BT - window + 1), 0)  # the oldest token in sight
   mask_BTS = (index_BS[:, None, :] <= index_BT[:, :, None]) & (index_BS[:, None, :] >= first_BT[:, :, None])
-  return attention.Frame(jnp.maximum(index_BT - document_BT, 0), None, mask_BTS, False, cursor), cache
+  return attention.Frame(jnp.maximum(index_BT - document_BT, 0), mask_BTS, cursor, sight=sight), cache
 
 
 def norm(name: str | None, config: TransformerConfig, dtype: str) -> nn.Module:
