@@ -42,6 +42,11 @@ Transformer, LSTM = transformer.TransformerConfig, lstm.LSTMConfig
     (LSTM(dropout=-0.1), 'model.dropout=-0.1 is not in [0, 1)'),
     (LSTM(input_dropout=1.5), 'model.input_dropout=1.5 is not in [0, 1)'),
     (LSTM(recurrent_dropout=1.0), 'model.recurrent_dropout=1.0 is not in [0, 1)'),
+    (LSTM(weight_dropout=1.0), 'model.weight_dropout=1.0 is not in [0, 1)'),
+    (LSTM(embedding_dropout=-0.5), 'model.embedding_dropout=-0.5 is not in [0, 1)'),
+    (LSTM(dropout_mask='sequense'), "model.dropout_mask='sequense' is none of token, sequence; did you mean 'sequence'?"),
+    (LSTM(activation_penalty=-1.0), 'model.activation_penalty=-1.0 is not a finite number of at least 0'),
+    (LSTM(temporal_penalty=math.inf), 'model.temporal_penalty=inf is not a finite number of at least 0'),
     (LSTM(forget_bias=math.nan), 'model.forget_bias=nan is not a finite number'),
     (LSTM(compute_dtype='fp32'), "model.compute_dtype='fp32' is none of auto, float32, bfloat16"),
   ],
@@ -56,7 +61,13 @@ def test_an_impossible_value_is_named(config, message):
   [
     *(cls() for cls in build.CONFIGS.values()),
     Transformer(dim=12, num_heads=4, position='learned'),  # an odd width a head
-    *(Transformer(**{name: value}) for name, values in build.CHOICES.items() for value in values),
+    *(
+      cls(**{name: value})
+      for cls in build.CONFIGS.values()
+      for name, values in build.CHOICES.items()
+      if name in cls.__dataclass_fields__
+      for value in values
+    ),
   ],
 )
 def test_possible_values_pass(config):

@@ -392,6 +392,13 @@ DROPOUTS = [
 
 dropouts = pytest.mark.parametrize(('config', 'name'), DROPOUTS, ids=[*CONFIGS, 'lstm_input', 'lstm_recurrent'])
 
+# One mask a batch: rows share it.
+SHARED = [(TIED_LSTM, 'weight_dropout'), (TIED_LSTM, 'embedding_dropout')]
+
+every_dropout = pytest.mark.parametrize(
+  ('config', 'name'), [*DROPOUTS, *SHARED], ids=[*CONFIGS, 'lstm_input', 'lstm_recurrent', 'lstm_weight', 'lstm_embedding']
+)
+
 
 @dropouts
 def test_dropout_draws_by_key_and_row(config, name, random_params):
@@ -404,7 +411,7 @@ def test_dropout_draws_by_key_and_row(config, name, random_params):
     assert np.abs(a[0] - other).max(axis=-1)[1:].min() > 1e-3
 
 
-@dropouts
+@every_dropout
 def test_without_dropout_the_program_is_the_same(config, name, random_params):
   params, tokens_BT = random_params(make(config)), random_tokens()
 

@@ -11,7 +11,7 @@ import pytest
 
 from textgen_jax import trees
 from textgen_jax.data import tokens, windows
-from textgen_jax.models import attention, transformer
+from textgen_jax.models import attention, build, lstm, transformer
 from textgen_jax.training import health, losses, optimizer, step
 
 no_rate = optax.constant_schedule(0.0)
@@ -269,6 +269,34 @@ def test_what_a_module_sows_reaches_the_hook(make_params, make_batch, make_state
   for key in query:
     changes = changes[key]
   assert changes > 1e-3  # the term has a gradient
+
+
+@pytest.mark.parametrize('accumulation_steps', [2, 4])
+def test_sown_losses_join_the_objective_and_not_the_loss(accumulation_steps, make_params, make_batch, make_state, recorder):
+  """Weighted as tokens are; with accumulation as in the large batch."""
+  config = lstm.LSTMConfig(dim=16, num_layers=2, activation_penalty=2.0, temporal_penalty=3.0)
+  model, plain = (build.build(c, 11, 6) for c in (config, dataclasses.replace(config, activation_penalty=0.0, temporal_penalty=0.0)))
+  batch, params = make_batch(8), make_params(model)
+  batch.weights_BT[::4] *= 0.01  # so that micro-batches differ in how much they weigh
+  old = make_state(params, recorder)
+  whole, whole_sums = plain_step(model, recorder, 1)(old, batch)
+  parts, parts_sums = plain_step(model, recorder, accumulation_steps)(old, batch)
+  assert_trees_close(parts.opt_state, whole.opt_state, 1e-6)
+  without, without_sums = plain_step(plain, recorder, 1)(old, batch)
+  assert set(whole_sums) == set(without_sums)
+  for sums in (parts_sums, without_sums):
+    np.testing.assert_allclose(sums['loss'], whole_sums['loss'], rtol=1e-6)
+
+  def penalty(params):
+    hidden_BTD = model.apply({'params': params}, batch.tokens_BT)[0]
+    change_BT = jnp.pad(jnp.square(jnp.diff(hidden_BTD, axis=1)).mean(-1), ((0, 0), (1, 0))) * 6 / 5
+    loss_BT = 2 * jnp.square(hidden_BTD).mean(-1) + 3 * change_BT
+    return (loss_BT * batch.weights_BT).sum() / batch.weights_BT.sum()
+
+  expected = jax.tree.map(jnp.add, without.opt_state, jax.jit(jax.grad(penalty))(params))
+  assert_trees_close(whole.opt_state, expected, 1e-5)
+  difference = jax.tree.map(jnp.subtract, whole.opt_state, without.opt_state)
+  assert optax.tree.norm(difference) > 1e-2
 
 
 def test_the_hook_gets_a_key_of_its_own(make_model, make_params, make_batch, make_state, recorder):

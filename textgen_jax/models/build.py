@@ -33,6 +33,7 @@ CHOICES: dict[str, Collection[str]] = {
   'attention': ATTENTIONS,
   'attention_kernel': attention_kernels.KERNELS,
   'init': ('zero_residual', 'gpt2'),
+  'dropout_mask': ('token', 'sequence'),
   'compute_dtype': ('auto', 'float32', 'bfloat16'),
 }
 
@@ -70,6 +71,9 @@ def check(config: ModelConfig) -> None:
   if isinstance(config, lstm.LSTMConfig):
     if not math.isfinite(config.forget_bias):
       raise errors.UserError(f'model.forget_bias={config.forget_bias} is not a finite number')
+    for name in ('activation_penalty', 'temporal_penalty'):
+      if not (math.isfinite(getattr(config, name)) and getattr(config, name) >= 0):
+        raise errors.UserError(f'model.{name}={getattr(config, name)} is not a finite number of at least 0')
     return
   _at_least(config, 'num_heads', 1)
   _at_least(config, 'num_kv_heads', 0)

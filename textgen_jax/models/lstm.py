@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax import struct
 
 from textgen_jax import axes
-from textgen_jax.models import base, layers
+from textgen_jax.models import base, layers, recurrence
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -21,7 +21,12 @@ class LSTMConfig:
   forget_bias: float = 1.0  # added before the sigmoid; Jozefowicz et al. 2015
   dropout: float = 0.0  # of every layer's output; Zaremba et al. 2014, arXiv:1409.2329
   input_dropout: float = 0.0  # of the embedded tokens
+  dropout_mask: str = 'token'  # token | sequence: how long those two keep a mask; Gal & Ghahramani 2016, arXiv:1512.05287
+  embedding_dropout: float = 0.0  # of whole words, as inputs, one mask a batch; Merity et al. 2017, arXiv:1708.02182
   recurrent_dropout: float = 0.0  # of the hidden state, one mask a sequence; Gal & Ghahramani 2016, arXiv:1512.05287
+  weight_dropout: float = 0.0  # of the recurrent kernels, one mask a batch; DropConnect of Merity et al. 2017, arXiv:1708.02182
+  activation_penalty: float = 0.0  # times the mean square of the last layer's dropped output; Merity et al. 2017, arXiv:1708.01009
+  temporal_penalty: float = 0.0  # times the mean square of its output's change from token to token; the same source
   tied_embedding: bool = True  # one table for input and output; Press & Wolf 2017, arXiv:1608.05859
   vocab_multiple: int = 1  # the vocabulary is padded to a multiple of it
   compute_dtype: str = 'auto'  # auto (bfloat16 on GPU and TPU, float32 on CPU) | float32 | bfloat16
@@ -37,10 +42,24 @@ class LSTMCache:
   past_cell_BRND: jax.Array | None = None
 
 
+class Gates(nn.Module):
+  """The input's part of the gates, [..., 4 D], and their bias, which the loop adds: added to all times at once, it is one more pass."""
+
+  dim: int
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    init = layers.partitioned(nn.initializers.glorot_uniform(), axes.EMBED, axes.GATES)
+    kernel = self.param('kernel', init, (self.dim, 4 * self.dim))
+    bias_G = self.param('bias', layers.partitioned(nn.initializers.zeros, axes.GATES), (4 * self.dim,))
+    y = x.reshape(-1, self.dim).astype(self.dtype) @ kernel.astype(self.dtype)
+    return y.reshape(*x.shape[:-1], 4 * self.dim), bias_G
+
+
 class LSTMLayer(nn.Module):
   """One layer over time-major input, gates in the order input, forget, cell, output.
 
-  Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000.
   Inits: Glorot & Bengio 2010 for the input, orthogonal for the recurrence (Saxe et al. 2013).
   """
 
@@ -49,37 +68,59 @@ class LSTMLayer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_TBD: jax.Array, carry: tuple[jax.Array, jax.Array], valid_TB: Any, starts_TB: Any, deterministic: bool, keeps: bool = False
+    self,
+    x: jax.Array,
+    carry: recurrence.Carry,
+    valid_TB: Any,
+    starts_TB: Any,
+    deterministic: bool,
+    keeps: bool = False,
+    ids_TB: Any = None,
   ) -> tuple[jax.Array, Any, Any]:
-    """Outputs, the last carry, and the carries after each time where it `keeps` them."""
+    """Outputs, the last carry, and the carries after each time where it `keeps` them.
+
+    x is x_TBD; or, with `ids_TB`, a table x_VD whose rows they are.
+    """
     c = self.config
-    names = (axes.EMBED, axes.GATES)
-    # The input's products for all times at once; only the recurrence is left to the loop.
-    gates = layers.Dense(4 * c.dim, names, nn.initializers.glorot_uniform(), True, self.dtype, name='input')(x_TBD)
-    kernel = self.param('recurrent_kernel', layers.partitioned(nn.initializers.orthogonal(), *names), (c.dim, 4 * c.dim))
-    kernel = kernel.astype(self.dtype)
+    # The products for all times at once; only the recurrence is left to the loop.
+    gates, bias_G = Gates(c.dim, self.dtype, name='input')(x)
+    gates_TBG = gates if ids_TB is None else look_up(gates, ids_TB)
+    bias_G = bias_G + c.forget_bias * (jnp.arange(4 * c.dim) // c.dim == 1)
+    init = layers.partitioned(nn.initializers.orthogonal(), axes.EMBED, axes.GATES)
+    kernel_DG = self.param('recurrent_kernel', init, (c.dim, 4 * c.dim))
     keep_BD = None
-    if c.recurrent_dropout and not deterministic:
-      keep_BD = jax.random.bernoulli(self.make_rng('dropout'), 1 - c.recurrent_dropout, carry[0].shape) / (1 - c.recurrent_dropout)
+    if not deterministic:
+      kernel_DG = kernel_DG if not c.weight_dropout else kernel_DG * self.mask(c.weight_dropout, kernel_DG.shape)
+      keep_BD = None if not c.recurrent_dropout else self.mask(c.recurrent_dropout, carry[0].shape)
+    loop = gates_TBG, bias_G, kernel_DG.astype(self.dtype), carry, keep_BD, valid_TB, starts_TB
+    if not keeps:
+      return *recurrence.recur(*loop), None
+    last, carries_T = recurrence.scan(*loop)
+    return carries_T[0].astype(self.dtype), last, carries_T
 
-    def step(carry: tuple[jax.Array, jax.Array], inputs: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
-      x_gates, valid_B, starts_B = inputs
-      hidden_BD, cell_BD = carry
-      if starts_B is not None:
-        hidden_BD, cell_BD = (jnp.where(starts_B[:, None], 0, s) for s in (hidden_BD, cell_BD))
-      seen_BD = hidden_BD if keep_BD is None else hidden_BD * keep_BD
-      all_gates = (x_gates + seen_BD.astype(self.dtype) @ kernel).astype(jnp.float32)
-      i, f, g, o = jnp.split(all_gates, 4, axis=-1)
-      new_cell_BD = nn.sigmoid(f + c.forget_bias) * cell_BD + nn.sigmoid(i) * jnp.tanh(g)
-      new_hidden_BD = nn.sigmoid(o) * jnp.tanh(new_cell_BD)
-      if valid_B is not None:  # an invalid token's start goes with it
-        new_cell_BD = jnp.where(valid_B[:, None], new_cell_BD, carry[1])
-        new_hidden_BD = jnp.where(valid_B[:, None], new_hidden_BD, carry[0])
-      carry = new_hidden_BD, new_cell_BD
-      return carry, (new_hidden_BD.astype(self.dtype), carry if keeps else None)
+  def mask(self, rate: float, shape: tuple[int, ...]) -> jax.Array:
+    return dropout_mask(self.make_rng('dropout'), rate, shape)
 
-    carry, (y_TBD, carries_T) = jax.lax.scan(step, carry, (gates, valid_TB, starts_TB))
-    return y_TBD, carry, carries_T
+
+def dropout_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+  """0 with probability `rate`, else what keeps the mean at 1."""
+  return jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)
+
+
+@jax.custom_vjp
+def look_up(table_VG: jax.Array, ids_TB: jax.Array) -> jax.Array:
+  """Rows of a table of few; the gradient is a product with one-hot rows, where that of `jnp.take` adds row by row."""
+  return jnp.take(table_VG, ids_TB, axis=0)
+
+
+def _look_up_backward(residuals: tuple[jax.Array, jax.Array], slope_TBG: jax.Array) -> tuple[jax.Array, None]:
+  ids_TB, table_VG = residuals
+  hot_TBV = jax.nn.one_hot(ids_TB, len(table_VG), dtype=slope_TBG.dtype)
+  slope_VG = jnp.einsum('TBV,TBG->VG', hot_TBV, slope_TBG, preferred_element_type=jnp.float32)
+  return slope_VG.astype(table_VG.dtype), None
+
+
+look_up.defvjp(lambda table_VG, ids_TB: (look_up(table_VG, ids_TB), (ids_TB, table_VG)), _look_up_backward)
 
 
 class LSTM(nn.Module):
@@ -98,9 +139,10 @@ class LSTM(nn.Module):
     size = layers.padded_size(self.vocab_size, c.vocab_multiple)
     # Merity et al. 2017, arXiv:1708.02182: uniform in (-0.1, 0.1).
     self.embed = layers.Embed(size, c.dim, axes.VOCAB, symmetric_uniform(0.1), dtype)
-    self.input_dropout = nn.Dropout(c.input_dropout)
+    time_first = (0,) if c.dropout_mask == 'sequence' else ()
+    self.input_dropout = nn.Dropout(c.input_dropout, broadcast_dims=time_first)
     self.layer = [LSTMLayer(c, dtype) for _ in range(c.num_layers)]
-    self.output_dropout = nn.Dropout(c.dropout)
+    self.output_dropout = nn.Dropout(c.dropout, broadcast_dims=time_first)
     if not c.tied_embedding:
       self.unembedding = layers.Dense(size, (axes.EMBED, axes.VOCAB), nn.initializers.lecun_normal(), False, dtype)
 
@@ -115,15 +157,18 @@ class LSTM(nn.Module):
     state = self.init_cache(tokens_BT.shape[0], 0) if cache is None else cache
     valid_TB, starts_TB = (None if x is None else x.T for x in (valid_BT, starts_BT))
     # Time first, once for all layers: the loop reads its inputs a step at a time.
-    x_TBD = self.constrain(self.embed(tokens_BT.T), (axes.TIME, axes.BATCH, None))
-    x_TBD = self.input_dropout(x_TBD, deterministic=deterministic)
+    x, ids_TB = self._inputs(tokens_BT.T, deterministic)
     carries, passed = [], []
     keeps = state.past_hidden_BRND is not None
     for n, layer in enumerate(self.layer):
-      x_TBD, carry, carries_T = layer(x_TBD, (state.hidden_BND[:, n], state.cell_BND[:, n]), valid_TB, starts_TB, deterministic, keeps)
-      x_TBD = self.output_dropout(x_TBD, deterministic=deterministic)
+      y_TBD, carry, carries_T = layer(
+        x, (state.hidden_BND[:, n], state.cell_BND[:, n]), valid_TB, starts_TB, deterministic, keeps, ids_TB if n == 0 else None
+      )
+      x = x_TBD = self.output_dropout(y_TBD, deterministic=deterministic)
       carries.append(carry)
       passed.append(carries_T)
+    if not deterministic:
+      self._sow_penalties(x_TBD, y_TBD)
     hidden_BTD = self.constrain(x_TBD.swapaxes(0, 1), layers.RESIDUAL)
     if cache is None:
       return hidden_BTD, None
@@ -137,6 +182,32 @@ class LSTM(nn.Module):
       jnp.concatenate(both, axis=1)[:, -size:-1] for both in ((hidden_BRND, new_hidden_BTND), (cell_BRND, new_cell_BTND))
     )
     return hidden_BTD, dataclasses.replace(last, past_hidden_BRND=hidden_BRND, past_cell_BRND=cell_BRND)
+
+  def _inputs(self, tokens_TB: jax.Array, deterministic: bool) -> tuple[jax.Array, jax.Array | None]:
+    """The embedded tokens, x_TBD; or the table, x_VD, and the ids, where it has fewer rows to multiply than there are tokens."""
+    c = self.config
+    keep_V = None
+    if c.embedding_dropout and not deterministic:
+      keep_V = dropout_mask(self.make_rng('dropout'), c.embedding_dropout, (self.embed.size,))
+    if self.embed.size < min(tokens_TB.size, c.dim + 1) and (deterministic or not c.input_dropout):
+      table_VD = self.embed.embedding
+      return table_VD if keep_V is None else table_VD * keep_V[:, None], tokens_TB
+    x_TBD = self.constrain(self.embed(tokens_TB), (axes.TIME, axes.BATCH, None))
+    if keep_V is not None:
+      x_TBD = x_TBD * keep_V[tokens_TB][..., None].astype(x_TBD.dtype)
+    return self.input_dropout(x_TBD, deterministic=deterministic), None
+
+  def _sow_penalties(self, dropped_TBD: jax.Array, y_TBD: jax.Array) -> None:
+    """Losses a token, [B, T]; what `training.step` adds to the objective."""
+    c, time = self.config, len(y_TBD)
+    if c.activation_penalty:
+      square_TB = jnp.square(dropped_TBD.astype(jnp.float32)).mean(-1)
+      self.sow('losses', 'activation_penalty', c.activation_penalty * square_TB.T)
+    if c.temporal_penalty and time > 1:
+      change_TB = jnp.square(jnp.diff(y_TBD.astype(jnp.float32), axis=0)).mean(-1)
+      # The first token has none before it; the factor makes the mean over all tokens that of the others.
+      change_TB = jnp.pad(change_TB, ((1, 0), (0, 0))) * (time / (time - 1))
+      self.sow('losses', 'temporal_penalty', c.temporal_penalty * change_TB.T)
 
   def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
     logits_BTV = self.embed.attend(hidden_BTD) if self.config.tied_embedding else self.unembedding(hidden_BTD)

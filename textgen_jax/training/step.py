@@ -38,6 +38,10 @@ def no_hook(inputs: LossInputs) -> tuple[jax.Array, Sums]:
   return jnp.zeros(()), {}
 
 
+# The collection of losses that aren't of prediction: each a number a token, [B, T], or one for all tokens. They are weighted as tokens are,
+# so that their mean joins the mean loss, in the objective but not in what is reported.
+LOSSES = 'losses'
+
 COUNTS = ('skipped_steps', 'spiked_steps', 'skipped_in_a_row')  # of all steps so far
 RESERVED = ('loss', 'objective', 'grad_norm', 'learning_rate', *COUNTS, 'tokens_per_s', 'mfu')
 
@@ -57,7 +61,7 @@ class Terms(NamedTuple):
   """The loss of one micro-batch, in its parts."""
 
   loss: jax.Array  # nats, summed over tokens by weight
-  extra: jax.Array  # the hook's term
+  extra: jax.Array  # the hook's term, and what modules have sown as losses
   weight: jax.Array
   metrics: Sums  # the hook's
   nll_BT: jax.Array  # nats
@@ -75,7 +79,7 @@ def loss_terms(
   key: jax.Array,
   collections: Sequence[str] = ('intermediates',),
 ) -> Terms:
-  """The forward pass of training: dropout is on, and `collections` are what modules may sow into."""
+  """The forward pass of training: dropout is on, and `collections` are what modules may sow into beside `LOSSES`."""
   dropout_key, hook_key = jax.random.split(key)
   (hidden_BTD, carry), sown = model.apply(
     {'params': params},
@@ -84,7 +88,7 @@ def loss_terms(
     starts_BT=batch.starts_BT,
     deterministic=False,
     rngs={'dropout': dropout_key},
-    mutable=list(collections),
+    mutable=[*collections, LOSSES],
   )
 
   def unembed(hidden_BTD: jax.Array) -> jax.Array:
@@ -95,6 +99,7 @@ def loss_terms(
   inputs = LossInputs(params, batch, hidden_BTD, unembed, nll_BT, sown.get('intermediates', {}), hook_key)
   extra, metrics = hook(inputs)
   check_hook(extra, metrics)
+  extra += sum((sown_BT * batch.weights_BT).sum() for sown_BT in jax.tree.leaves(sown.get(LOSSES, {})))
   return Terms(loss, extra, weight, metrics, nll_BT, hidden_BTD, carry, sown)
 
 

@@ -1,0 +1,142 @@
+"""An LSTM layer's loop over time: `scan`, and `recur`, the same with a backward pass of its own.
+
+Gates stand side by side in the order input, forget, cell, output, G wide. An invalid token leaves hidden state and cell as
+they are; a start zeroes them first.
+Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Carry = tuple[jax.Array, jax.Array]  # hidden_BD and cell_BD, in float32
+
+
+def scan(
+  gates_TBG: jax.Array, bias_G: jax.Array, kernel_DG: jax.Array, carry: Carry, keep_BD: Any, valid_TB: Any, starts_TB: Any
+) -> tuple[Carry, Carry]:
+  """The last carry, and the carries after each time.
+
+  Args:
+    gates_TBG: the input's part of the gates, without the bias, in the kernel's type.
+    bias_G: in float32.
+    keep_BD: what the hidden state is multiplied by on its way to the gates: recurrent dropout. None: by nothing.
+    valid_TB: bool. None: all are valid.
+    starts_TB: bool. None: none starts.
+  """
+
+  def step(carry: Carry, inputs: Any) -> tuple[Carry, Carry]:
+    gates_BG, valid_B, starts_B = inputs
+    before = _restart(carry, starts_B)
+    acts_BG = _activate(gates_BG, bias_G, kernel_DG, before[0], keep_BD)
+    carry = _hold(valid_B, carry, _advance(acts_BG, before[1]))
+    return carry, carry
+
+  return jax.lax.scan(step, carry, (gates_TBG, valid_TB, starts_TB))
+
+
+@jax.custom_vjp
+def recur(
+  gates_TBG: jax.Array, bias_G: jax.Array, kernel_DG: jax.Array, carry: Carry, keep_BD: Any, valid_TB: Any, starts_TB: Any
+) -> tuple[jax.Array, Carry]:
+  """The hidden states after each time, in the kernel's type, and the last carry; arguments are `scan`'s.
+
+  Where it isn't differentiated it is `scan`. The backward pass multiplies once for the kernel's gradient, over all times, where
+  `scan`'s own adds up a matrix a step. What is saved for it, the gates' activations, takes the input's place in memory, as a
+  step's are written where its input stood. Masks have no gradient.
+  """
+  last, (hidden_TBD, _) = scan(gates_TBG, bias_G, kernel_DG, carry, keep_BD, valid_TB, starts_TB)
+  return hidden_TBD.astype(kernel_DG.dtype), last
+
+
+def _forward(
+  gates_TBG: jax.Array, bias_G: jax.Array, kernel_DG: jax.Array, carry: Carry, keep_BD: Any, valid_TB: Any, starts_TB: Any
+) -> tuple[tuple[jax.Array, Carry], Any]:
+  def step(state: tuple[Carry, jax.Array], inputs: Any) -> tuple[tuple[Carry, jax.Array], Any]:
+    carry, acts_TBG = state
+    time, valid_B, starts_B = inputs
+    before = _restart(carry, starts_B)
+    gates_BG = jax.lax.dynamic_index_in_dim(acts_TBG, time, keepdims=False)
+    acts_BG = _activate(gates_BG, bias_G, kernel_DG, before[0], keep_BD)
+    acts_TBG = jax.lax.dynamic_update_index_in_dim(acts_TBG, acts_BG, time, 0)
+    cell_BD = carry[1]
+    carry = _hold(valid_B, carry, _advance(acts_BG, before[1]))
+    return (carry, acts_TBG), (carry[0].astype(kernel_DG.dtype), cell_BD)
+
+  inputs = jnp.arange(len(gates_TBG)), valid_TB, starts_TB
+  (last, acts_TBG), (hidden_TBD, cell_TBD) = jax.lax.scan(step, (carry, gates_TBG.astype(jnp.float32)), inputs)
+  return (hidden_TBD, last), (acts_TBG, hidden_TBD, cell_TBD, last[1], carry[0], kernel_DG, keep_BD, valid_TB, starts_TB)
+
+
+def _backward(residuals: Any, slopes: tuple[jax.Array, Carry]) -> Any:
+  acts_TBG, hidden_TBD, cell_TBD, last_cell_BD, first_hidden_BD, kernel_DG, keep_BD, valid_TB, starts_TB = residuals
+  slope_TBD, last_slopes = slopes
+  kernel_GD = kernel_DG.T
+
+  def step(state: tuple[Carry, jax.Array], inputs: Any) -> tuple[tuple[Carry, jax.Array], jax.Array]:
+    (hidden_slope_BD, cell_slope_BD), after_BD = state
+    slope_BD, acts_BG, cell_BD, valid_B, starts_B = inputs
+    after = hidden_slope_BD + slope_BD, cell_slope_BD
+    _, before_BD = _restart((cell_BD, cell_BD), starts_B)
+    gates_slope_BG, before_cell_slope_BD = _retreat(acts_BG, before_BD, jnp.tanh(after_BD), after)
+    if valid_B is not None:
+      gates_slope_BG = jnp.where(valid_B[:, None], gates_slope_BG, 0)
+    seen_slope_BD = (gates_slope_BG.astype(kernel_DG.dtype) @ kernel_GD).astype(jnp.float32)
+    before_hidden_slope_BD = seen_slope_BD if keep_BD is None else seen_slope_BD * keep_BD
+    before = _hold(valid_B, after, _restart((before_hidden_slope_BD, before_cell_slope_BD), starts_B))
+    return (before, cell_BD), gates_slope_BG
+
+  inputs = slope_TBD.astype(jnp.float32), acts_TBG, cell_TBD, valid_TB, starts_TB
+  (first_slopes, _), gates_slope_TBG = jax.lax.scan(step, (last_slopes, last_cell_BD), inputs, reverse=True)
+  seen_TBD = jnp.concatenate([first_hidden_BD[None].astype(hidden_TBD.dtype), hidden_TBD[:-1]])
+  if starts_TB is not None:
+    seen_TBD = jnp.where(starts_TB[..., None], 0, seen_TBD)
+  if keep_BD is not None:
+    seen_TBD = (seen_TBD * keep_BD).astype(hidden_TBD.dtype)
+  bias_slope_G = gates_slope_TBG.sum((0, 1))
+  gates_slope_TBG = gates_slope_TBG.astype(kernel_DG.dtype)
+  kernel_slope_DG = jnp.einsum('TBD,TBG->DG', seen_TBD, gates_slope_TBG, preferred_element_type=jnp.float32)
+  return gates_slope_TBG, bias_slope_G, kernel_slope_DG.astype(kernel_DG.dtype), first_slopes, None, None, None
+
+
+recur.defvjp(_forward, _backward)
+
+
+def _activate(gates_BG: jax.Array, bias_G: jax.Array, kernel_DG: jax.Array, hidden_BD: jax.Array, keep_BD: Any) -> jax.Array:
+  """Sigmoids of three gates, tanh of the cell's."""
+  seen_BD = hidden_BD if keep_BD is None else hidden_BD * keep_BD
+  product_BG = (seen_BD.astype(kernel_DG.dtype) @ kernel_DG).astype(jnp.float32)
+  # sigmoid(x) = (1 + tanh(x / 2)) / 2, so that one loop does all four: XLA makes one of each otherwise.
+  scale_G = jnp.where(_is_cell(gates_BG), 1.0, 0.5)
+  return jnp.tanh((gates_BG.astype(jnp.float32) + bias_G + product_BG) * scale_G) * scale_G + (1 - scale_G)
+
+
+def _advance(acts_BG: jax.Array, cell_BD: jax.Array) -> Carry:
+  i, f, g, o = jnp.split(acts_BG, 4, axis=-1)
+  new_cell_BD = f * cell_BD + i * g
+  return o * jnp.tanh(new_cell_BD), new_cell_BD
+
+
+def _retreat(acts_BG: jax.Array, before_BD: jax.Array, tanh_after_BD: jax.Array, slopes: Carry) -> tuple[jax.Array, jax.Array]:
+  """The gradients of the gates and of the cell before, from those of the hidden state and the cell after."""
+  i, f, g, o = jnp.split(acts_BG, 4, axis=-1)
+  hidden_slope_BD, cell_slope_BD = slopes
+  cell_slope_BD = cell_slope_BD + hidden_slope_BD * o * (1 - jnp.square(tanh_after_BD))
+  acts_slopes = cell_slope_BD * g, cell_slope_BD * before_BD, cell_slope_BD * i, hidden_slope_BD * tanh_after_BD
+  steepness_BG = jnp.where(_is_cell(acts_BG), 1 - jnp.square(acts_BG), acts_BG * (1 - acts_BG))
+  return jnp.concatenate(acts_slopes, axis=-1) * steepness_BG, cell_slope_BD * f
+
+
+def _is_cell(gates_BG: jax.Array) -> jax.Array:
+  width = gates_BG.shape[-1]
+  return jnp.arange(width) // (width // 4) == 2
+
+
+def _restart(carry: Carry, starts_B: Any) -> Carry:
+  return carry if starts_B is None else jax.tree.map(lambda x_BD: jnp.where(starts_B[:, None], 0, x_BD), carry)
+
+
+def _hold(valid_B: Any, old: Carry, new: Carry) -> Carry:
+  """An invalid token's start goes with it."""
+  return new if valid_B is None else jax.tree.map(lambda new_BD, old_BD: jnp.where(valid_B[:, None], new_BD, old_BD), new, old)
