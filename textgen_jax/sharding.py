@@ -1,6 +1,7 @@
 """The device mesh, and where every parameter, batch and activation lies on it."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -133,6 +134,7 @@ def param_shardings(abstract_boxed_params: Any, config: ShardingConfig, mesh: Me
 
 def optimizer_shardings(tx: optax.GradientTransformation, abstract_opt_state: Any, shardings: Any, mesh: Mesh) -> Any:
   """Moments lie as their parameters do; counts are copied to every device."""
+  init = functools.partial(jax.eval_shape, tx.init)  # shapes do, and nothing is compiled for them
   return optax.tree_utils.tree_map_params(
-    tx, lambda _, sharding: sharding, abstract_opt_state, shardings, transform_non_params=lambda _: replicated(mesh)
+    init, lambda _, sharding: sharding, abstract_opt_state, shardings, transform_non_params=lambda _: replicated(mesh)
   )
