@@ -5,6 +5,11 @@
 Results go to stdout (or --output), diagnostics to stderr. Equal flags give equal text.
 """
 
+from textgen_jax import signals
+
+if __name__ == '__main__':
+  signals.watch()  # before anything that takes its time to import
+
 import dataclasses
 import os
 import pathlib
@@ -105,7 +110,9 @@ def _load(values: flags.FlagValues, checkpoint: str) -> 'generator.Generator':
   from textgen_jax import compilation, generator
 
   compilation.keep_compiled()
-  return generator.Generator.load(values.workdir, checkpoint, values.draft, values.draft_tokens)
+  source = generator.Generator.load(values.workdir, checkpoint, values.draft, values.draft_tokens)
+  signals.unwatch()  # from here on there are texts: Ctrl-C ends one, or what is made so far is written
+  return source
 
 
 def _prompts(values: flags.FlagValues) -> list[str]:

@@ -1,4 +1,4 @@
-"""Seconds from `python train.py` to the first finished step, with an empty and with a filled compilation cache.
+"""Seconds from `python train.py` to the first finished step, with an empty and with a filled compilation cache, and to the end of --help.
 
   python benchmarks/first_step.py [--config=configs/shakespeare_char.py] [--repeats=5]
 
@@ -37,19 +37,28 @@ def first_step_s(config: str, compiled: str) -> float:
     return seconds
 
 
+def help_s(script: str) -> float:
+  began = time.perf_counter()
+  subprocess.run([sys.executable, script, '--help'], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+  return time.perf_counter() - began
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--config', default='configs/shakespeare_char.py')
   parser.add_argument('--repeats', type=int, default=5)
   args = parser.parse_args()
   first_step_s(args.config, tempfile.mkdtemp())  # prepares the data and fills the file cache
-  times: dict[str, list[float]] = {'empty cache': [], 'filled cache': []}
+  caches, commands = ('empty cache', 'filled cache'), ('train.py', 'sample.py')
+  times: dict[str, list[float]] = {name: [] for name in (*caches, *(f'{command} --help' for command in commands))}
   for _ in range(args.repeats):
     with tempfile.TemporaryDirectory() as compiled:
-      for name in times:
+      for name in caches:
         times[name].append(first_step_s(args.config, compiled))
+    for command in commands:
+      times[f'{command} --help'].append(help_s(command))
   for name, seconds in times.items():
-    print(f'{name}: median {statistics.median(seconds):.1f} s of {args.repeats} ({min(seconds):.1f} to {max(seconds):.1f})')
+    print(f'{name}: median {statistics.median(seconds):.2f} s of {args.repeats} ({min(seconds):.2f} to {max(seconds):.2f})')
 
 
 if __name__ == '__main__':

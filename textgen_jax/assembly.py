@@ -1,8 +1,10 @@
 """An experiment's parts, checked and built: all that a run needs before it writes anything."""
 
+import concurrent.futures
 import dataclasses
 import math
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ from textgen_jax import errors, sharding, trees, workdir
 from textgen_jax import experiment as experiment_lib
 from textgen_jax.data import prepare, tokens, windows
 from textgen_jax.models import build
-from textgen_jax.training import evaluate, optimizer, state, step
+from textgen_jax.training import checkpoints, evaluate, optimizer, state, step
 
 
 class Parts:
@@ -98,6 +100,19 @@ class Parts:
       raise errors.UserError(
         f"workdir={str(self.directory)!r}: its checkpoint's tokenizer has SHA-256 {theirs[:12]}, and this text's has {ours[:12]}"
       )
+
+  def start_compiling(self) -> 'concurrent.futures.Future[tuple[Any, float]]':
+    """The step as an executable, and the seconds from its trace on.
+
+    XLA holds no lock of Python's: while it compiles, or reads what it has compiled, the caller imports and reads what else
+    a start needs. That is 0.2 s of a start of 3.
+    """
+    began = time.monotonic()
+    lowered = self.step.lower(checkpoints.with_shardings(self.abstract, self.shardings), self.batch(0))
+    xla = concurrent.futures.ThreadPoolExecutor(1, 'xla')
+    compiling = xla.submit(lambda: (lowered.compile(), time.monotonic() - began))
+    xla.shutdown(wait=False)
+    return compiling
 
   def fresh(self) -> state.TrainState:
     """The state before the first step: from the seed, with the params of `init_from` where that names a run."""

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import difflib
 import errno
+import gc
 import inspect
 import os
 import pathlib
@@ -13,19 +14,21 @@ import sys
 import typing
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
-from ml_collections import config_flags
 
 from textgen_jax import errors
-from textgen_jax import experiment as experiment_lib
-from textgen_jax.models import build
+
+if TYPE_CHECKING:  # an experiment imports JAX, 0.6 s: it is imported where it is used, so that help and a wrong flag don't wait for it
+  from textgen_jax import experiment as experiment_lib
 
 MAX_LINE = 300  # characters of what is told of a mistake
 # A path that can't be one: the user's mistake, not the machine's.
 NAMES_NOTHING = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 OUT_OF_MEMORY = re.compile('RESOURCE_EXHAUSTED|[Oo]ut of memory')  # how XLA's RuntimeErrors tell it
+# Objects between two collections. Imports and traces make a million that stay: at Python's own 700, 0.3 s of a start's 2.8 went there.
+GC_THRESHOLD = 10_000
 
 
 def run(
@@ -34,6 +37,7 @@ def run(
   smaller: str = 'a smaller model.dim, training.batch_size or training.sequence_length takes less',
 ) -> int:
   """Calls `main(argv)` and gives the exit code; a RunError becomes one line on stderr, which tells what is `smaller` where memory ends."""
+  gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
   logging.set_verbosity(logging.ERROR)  # orbax tells at length what it does
   warnings.filterwarnings('ignore', 'Possible (nested set|set )', FutureWarning)  # of a user's regular expression, with our source lines
   for name in ('stdout', 'stderr'):
@@ -161,7 +165,7 @@ def named_config(argv: Sequence[str]) -> str | None:
   return None
 
 
-def parse_experiment(argv: Sequence[str]) -> tuple[experiment_lib.Experiment, str]:
+def parse_experiment(argv: Sequence[str]) -> tuple['experiment_lib.Experiment', str]:
   """The experiment and the workdir that `--config`, `--config.field` and `--workdir` describe.
 
   Raises:
@@ -183,7 +187,7 @@ def parse_experiment(argv: Sequence[str]) -> tuple[experiment_lib.Experiment, st
   return _apply(values.config, overrides), values.workdir
 
 
-def load_config(path: str) -> experiment_lib.Experiment:
+def load_config(path: str) -> 'experiment_lib.Experiment':
   """What a config file's `get_config()` gives."""
   if not pathlib.Path(path).is_file():
     near = difflib.get_close_matches(path, [str(p) for p in pathlib.Path(path).parent.glob('*.py')], 1)
@@ -191,7 +195,11 @@ def load_config(path: str) -> experiment_lib.Experiment:
   return _apply(path, [])
 
 
-def _apply(path: str, overrides: Sequence[str]) -> experiment_lib.Experiment:
+def _apply(path: str, overrides: Sequence[str]) -> 'experiment_lib.Experiment':
+  from ml_collections import config_flags
+
+  from textgen_jax import experiment as experiment_lib
+
   values = flags.FlagValues()
   sys.modules.pop('config_config', None)  # the loader would add this file's names to those of the last one
   argv = ['train.py', f'--config={path}', *overrides]
@@ -212,6 +220,8 @@ def _apply(path: str, overrides: Sequence[str]) -> experiment_lib.Experiment:
 
 def _check_override(config: Any, override: str) -> None:
   """Raises UserError where `--config.a.b=value` names no field of the tree."""
+  from textgen_jax import experiment as experiment_lib
+
   path = override.lstrip('-').partition('=')[0].removeprefix('config.')
   prefix = ''
   for name in path.split('.'):
@@ -235,8 +245,20 @@ def field_comments(cls: type) -> dict[str, str]:
   return dict(re.findall(r'^  (\w+): .*?  # (.*)$', inspect.getsource(cls), re.MULTILINE))
 
 
-def config_help(config: experiment_lib.Experiment) -> str:
+def experiment_help(argv: Sequence[str]) -> str:
+  """The fields of the config file that argv names, or with their defaults."""
+  if path := named_config(argv):
+    return f'The fields of {path}:\n{config_help(load_config(path))}'
+  from textgen_jax import experiment as experiment_lib
+
+  return f'The fields, with their defaults:\n{config_help(experiment_lib.Experiment())}'
+
+
+def config_help(config: 'experiment_lib.Experiment') -> str:
   """The whole tree, a line a field: how to set it, its value, its type and what it means."""
+  from textgen_jax import experiment as experiment_lib
+  from textgen_jax.models import build
+
   lines = []
 
   def walk(node: Any, prefix: str) -> None:

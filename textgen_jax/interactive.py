@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from textgen_jax import command_line, errors
-from textgen_jax.sampling import batch
+from textgen_jax.sampling import params
 from textgen_jax.sampling.params import SamplingParams
 
-MAX_LINE = batch.MAX_PROMPT_CHARACTERS + 3  # characters: its end is two, and one is too much
+MAX_LINE = params.MAX_PROMPT_CHARACTERS + 3  # characters: its end is two, and one is too much
 UNREAD = ('num_samples', 'best_of', 'num_beams', 'length_penalty', 'log_probs', 'alternatives')  # one text is written, as text
 FIXED = ('begins_document',)  # the generator may insist on it, and a setting of the conversation would change nothing
 FIELDS: dict[str, Any] = {

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
+LAST_WORDS_S = 1.0  # to tell why a process ends, where nobody may be reading
 
 
 class Stop:
@@ -64,6 +65,7 @@ class Stop:
 
 
 _command: Stop | None = None
+_before: dict[int, Any] = {}  # the handlers that `watch` has taken the place of
 
 
 def watch() -> None:
@@ -78,9 +80,19 @@ def watch() -> None:
   reading, writing = os.pipe()
   os.set_blocking(writing, False)
   for number in NUMBERS:
-    signal.signal(number, lambda number, frame: None)  # so that the number is written to the pipe
+    _before[number] = signal.signal(number, lambda number, frame: None)  # so that the number is written to the pipe
   signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
   threading.Thread(target=_answer, args=(reading, _command), name='signals', daemon=True).start()
+
+
+def unwatch() -> None:
+  """For a command that has started, and has something to do when Ctrl-C comes: from here on it is a KeyboardInterrupt."""
+  global _command
+  if _command is not None:
+    _command = None
+    for number, handler in _before.items():
+      signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)  # last: no signal falls between the two
 
 
 class _Unheard:
@@ -111,11 +123,17 @@ def _answer(reading: int, stop: Stop) -> None:
 
 def _end_process(number: int, told: str, code: int) -> None:
   del number
-  # Not through sys.exit: the main thread may be minutes away from an exception.
+  # The main thread may hold a stream's lock, in a write to a pipe that nobody reads.
+  telling = threading.Thread(target=_last_words, args=(told,), daemon=True)
+  telling.start()
+  telling.join(LAST_WORDS_S)
+  os._exit(code)  # not through sys.exit: the main thread may be minutes away from an exception
+
+
+def _last_words(told: str) -> None:
   _say(f'error: {told}')
   with contextlib.suppress(Exception):
     sys.stdout.flush()
-  os._exit(code)
 
 
 def _say(text: str) -> None:

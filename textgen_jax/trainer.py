@@ -69,6 +69,7 @@ class _Trainer:
   def __init__(self, parts: assembly.Parts, directory: pathlib.Path, stop: signals.Stop, began: float):
     self.parts, self.config, self.directory = parts, parts.experiment.training, directory
     self.stop, self.began = stop, began
+    self.compiling = parts.start_compiling() if (parts.stored_step or 0) < self.config.num_steps else None
     self.fresh: Any = parts.fresh() if parts.stored is None else None
     self.flops_per_token = base.flops_per_token(parts.model, parts.abstract.params, self.config.sequence_length)
     self.peak_flops = metrics.peak_flops()
@@ -91,7 +92,7 @@ class _Trainer:
     if unscored:
       self.score_step(first, train_state)
     if first < c.num_steps:
-      return self.train(self.compile(train_state, first), train_state)
+      return self.train(self.compiled(), train_state)
     progress.say(f'{self.directory} has trained {first} steps already; training.num_steps={c.num_steps} asks for no more')
     return train_state
 
@@ -149,7 +150,8 @@ class _Trainer:
       self.bar = stack.enter_context(contextlib.closing(progress.Progress(first, c.num_steps)))
       batches = stack.enter_context(contextlib.closing(prefetch.prefetch(self.watch.batch, first, c.num_steps)))
       trace = stack.enter_context(contextlib.ExitStack())
-      self.skipped = int(train_state.step - train_state.updates - train_state.health.spiked_steps)
+      # On the host: a subtraction of arrays would be compiled.
+      self.skipped = int(train_state.step) - int(train_state.updates) - int(train_state.health.spiked_steps)
       self.logged_at, self.logged_step = time.monotonic(), first
       self.stop.hold()
       due: tuple[int, step.Sums] | None = None
@@ -179,13 +181,13 @@ class _Trainer:
           self.pause(done, train_state)
     return train_state
 
-  def compile(self, train_state: state.TrainState, first: int) -> Any:
+  def compiled(self) -> Any:
     """The step as an executable; tells how much memory it takes."""
-    began = time.monotonic()
-    compiled = self.parts.step.lower(train_state, self.parts.batch(first)).compile()
+    assert self.compiling is not None
+    compiled, seconds = self.compiling.result()
     memory = compiled.memory_analysis()
     peak = f', {memory.peak_memory_in_bytes / 2**20:,.1f} MiB at its peak on each device' if memory else ''
-    progress.say(f'the step is compiled in {time.monotonic() - began:.1f} s{peak}')
+    progress.say(f'the step is compiled in {seconds:.1f} s{peak}')
     return compiled
 
   def evaluates(self, done: int) -> bool:

@@ -23,13 +23,13 @@ import sample
 import train
 from textgen_jax import command_line, errors, generator, interactive
 from textgen_jax.data import corpora, dialogue, downloads, files, prepare
-from textgen_jax.sampling import batch, manifest, prompts
+from textgen_jax.sampling import manifest, params, prompts
 from textgen_jax.sampling.params import SamplingParams
 from textgen_jax.text import base, build, char, sentencepiece
 from textgen_jax.tools import evaluate
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-LONG = batch.MAX_PROMPT_CHARACTERS + 1
+LONG = params.MAX_PROMPT_CHARACTERS + 1
 
 # What runs code that a file holds, or writes where an archive says.
 FORBIDDEN_MODULES = {'pickle', 'cPickle', 'marshal', 'shelve', 'dill', 'cloudpickle', 'joblib', 'torch'}
@@ -276,7 +276,7 @@ def test_too_many_prompts_are_refused_before_they_are_cut_into_lines(tmp_path, m
 
 
 def test_an_endless_line_of_a_conversation_is_cut_as_it_comes(monkeypatch):
-  assert interactive.MAX_LINE > batch.MAX_PROMPT_CHARACTERS + 2  # what is cut is refused
+  assert interactive.MAX_LINE > params.MAX_PROMPT_CHARACTERS + 2  # what is cut is refused
   monkeypatch.setattr(interactive, 'MAX_LINE', 10)
   for size in range(50):
     stdin = io.StringIO('a' * size + '\nb\r\n\nc')

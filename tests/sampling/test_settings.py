@@ -246,7 +246,7 @@ def test_what_the_vocabulary_cannot_give_is_refused_before_compiling(fields, tol
 
 
 def test_a_prompt_past_the_limit_is_refused(monkeypatch):
-  monkeypatch.setattr(batch, 'MAX_PROMPT_TOKENS', 5)
+  monkeypatch.setattr(params, 'MAX_PROMPT_TOKENS', 5)
   assert batch.prompt_ids(TOKENIZER, 'abcde') == TOKENIZER.encode('abcde').tolist()
   with pytest.raises(errors.UserError, match="prompt 'abcdef': its 6 tokens are more than 5"):
     write('lstm', ['a', 'abcdef'], Settings())

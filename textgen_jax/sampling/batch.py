@@ -15,9 +15,6 @@ from textgen_jax.sampling import params as params_lib
 from textgen_jax.sampling.params import SamplingParams
 from textgen_jax.text import base as text_base
 
-MAX_PROMPT_TOKENS = 1 << 20  # minutes of reading; a model sees no more than its context of them
-MAX_PROMPT_CHARACTERS = 8 * MAX_PROMPT_TOKENS  # more aren't cut into tokens, which would take a hundred times the memory
-
 
 class Batch(NamedTuple):
   """Prompts and settings, checked, with what the samplers need to know of them."""
@@ -139,13 +136,14 @@ def prompt_ids(tokenizer: text_base.Tokenizer, prompt: str, begins_document: boo
   """The prompt's ids; an empty prompt is what stands before a document.
 
   Raises:
-    UserError: it is no text, has a character that the tokenizer doesn't know, or more than MAX_PROMPT_TOKENS tokens or
-      MAX_PROMPT_CHARACTERS characters.
+    UserError: it is no text, has a character that the tokenizer doesn't know, or more than `params.MAX_PROMPT_TOKENS` tokens or
+      `params.MAX_PROMPT_CHARACTERS` characters.
   """
   if not isinstance(prompt, str):
     raise errors.UserError(f'prompt {prompt!r:.60} is not a text')
-  if len(prompt) > MAX_PROMPT_CHARACTERS:
-    raise errors.UserError(f'prompt {prompt[:60]!r:.60}: its {len(prompt):,} characters are more than {MAX_PROMPT_CHARACTERS:,}')
+  most = params_lib.MAX_PROMPT_CHARACTERS
+  if len(prompt) > most:
+    raise errors.UserError(f'prompt {prompt[:60]!r:.60}: its {len(prompt):,} characters are more than {most:,}')
   at = text_base.first_surrogate(prompt)
   if at >= 0:
     raise errors.UserError(f'prompt {prompt!r:.60}: {prompt[at]!r} at offset {at} is not UTF-8 text')
@@ -153,7 +151,7 @@ def prompt_ids(tokenizer: text_base.Tokenizer, prompt: str, begins_document: boo
     found = tokenizer.encode(prompt)
   except errors.UserError as error:
     raise errors.UserError(f'prompt {prompt!r:.60}: {error}') from error
-  if len(found) > MAX_PROMPT_TOKENS:
-    raise errors.UserError(f'prompt {prompt!r:.60}: its {len(found):,} tokens are more than {MAX_PROMPT_TOKENS:,}')
+  if len(found) > params_lib.MAX_PROMPT_TOKENS:
+    raise errors.UserError(f'prompt {prompt!r:.60}: its {len(found):,} tokens are more than {params_lib.MAX_PROMPT_TOKENS:,}')
   ids = [int(i) for i in found]
   return [tokenizer.special_ids['end_of_text'], *ids] if begins_document or not ids else ids

@@ -13,6 +13,8 @@ from textgen_jax.sampling import stopping
 
 BATCH_SIZE = 64  # rows at a time
 MAX_BATCH_SIZE = 1 << 20
+MAX_PROMPT_TOKENS = 1 << 20  # minutes of reading; a model sees no more than its context of them
+MAX_PROMPT_CHARACTERS = 8 * MAX_PROMPT_TOKENS  # more aren't cut into tokens, which would take a hundred times the memory
 DRAFT_TOKENS = 4  # guessed at a time
 MAX_DRAFT_TOKENS = 64  # past a few they are hardly ever all right
 MAX_ALTERNATIVES = 64

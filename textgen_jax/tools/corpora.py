@@ -7,6 +7,11 @@
 A corpus is counted where its source is on this machine already; --fetch gets the others first.
 """
 
+from textgen_jax import signals
+
+if __name__ == '__main__':
+  signals.watch()  # before anything that takes its time to import
+
 import itertools
 import sys
 from collections.abc import Sequence

@@ -11,16 +11,25 @@ with different tokenizers can be compared.
 Standard errors are over documents. --documents writes a line for each of them before the last line.
 """
 
+from textgen_jax import signals
+
+if __name__ == '__main__':
+  signals.watch()  # before anything that takes its time to import
+
 import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 
-from textgen_jax import command_line, compilation, errors, workdir
+from textgen_jax import command_line, errors
 from textgen_jax.data import files, prepare
-from textgen_jax.training import evaluate
+
+if TYPE_CHECKING:  # what imports JAX is imported where it is used, after the flags are checked
+  from textgen_jax import workdir
+  from textgen_jax.training import evaluate
 
 BATCH_SIZE = 64
 
@@ -45,6 +54,9 @@ def _main(argv: Sequence[str]) -> None:
     raise errors.UserError('--split and --data: give one of them')
   if values.batch_size < 1:
     raise errors.UserError(f'batch_size={values.batch_size} is below 1')
+  from textgen_jax import compilation, workdir
+  from textgen_jax.training import evaluate
+
   compilation.keep_compiled()
   trained = workdir.load(values.workdir, values.checkpoint)
   how = reading(trained, values.stride)
@@ -64,8 +76,10 @@ def _main(argv: Sequence[str]) -> None:
   print(json.dumps({**score.summary(), **what, 'step': trained.step, 'stride': how.stride or None}))  # no stride: the state is carried
 
 
-def reading(trained: workdir.Trained, stride: int = 0) -> evaluate.Reading:
+def reading(trained: 'workdir.Trained', stride: int = 0) -> 'evaluate.Reading':
   """How a trained model reads a text to be scored; at stride 0, rows overlap by half."""
+  from textgen_jax.training import evaluate
+
   training = trained.experiment.training
   length, carried = training.sequence_length, training.windows == 'contiguous'
   if stride and carried:
@@ -77,7 +91,7 @@ def reading(trained: workdir.Trained, stride: int = 0) -> evaluate.Reading:
 
 
 @contextlib.contextmanager
-def prepared_text(trained: workdir.Trained, path: str, field: str) -> Iterator[tuple[prepare.PreparedData, str]]:
+def prepared_text(trained: 'workdir.Trained', path: str, field: str) -> Iterator[tuple[prepare.PreparedData, str]]:
   """Any text in the model's ids."""
   corpus = files.open_files(path, field, val_fraction=1.0)
   with prepare.tokenized(corpus, trained.tokenizer) as prepared:
@@ -85,7 +99,7 @@ def prepared_text(trained: workdir.Trained, path: str, field: str) -> Iterator[t
 
 
 @contextlib.contextmanager
-def _split_text(trained: workdir.Trained, split: str) -> Iterator[tuple[prepare.PreparedData, str]]:
+def _split_text(trained: 'workdir.Trained', split: str) -> Iterator[tuple[prepare.PreparedData, str]]:
   """A split, checked to be in the ids that the model knows."""
   prepared = own_text(trained)
   if split not in prepared.splits:
@@ -93,7 +107,7 @@ def _split_text(trained: workdir.Trained, split: str) -> Iterator[tuple[prepare.
   yield prepared, split
 
 
-def own_text(trained: workdir.Trained) -> prepare.PreparedData:
+def own_text(trained: 'workdir.Trained') -> prepare.PreparedData:
   """What the model was trained on, checked to be just that."""
   prepared = prepare.prepare(trained.experiment.data, trained.experiment.tokenizer)
   if prepared.fingerprint != trained.fingerprint:

@@ -7,6 +7,11 @@ A table and the longest copies go to stdout; statistics.json and, with matplotli
 WORKDIR/statistics unless it is given. Needs pip install 'textgen_jax[inspect]'.
 """
 
+from textgen_jax import signals
+
+if __name__ == '__main__':
+  signals.watch()  # before anything that takes its time to import
+
 import dataclasses
 import json
 import math
@@ -106,9 +111,10 @@ def _main(argv: Sequence[str]) -> None:
   samples = {path: read_samples(path) for path in values.samples}
   train, val = read_texts('train', values.train), read_texts('val', values.val)
   if values.workdir and not (samples and train):
-    from textgen_jax import workdir  # after the checks: it takes seconds to import
+    from textgen_jax import compilation, workdir  # after the checks: it takes seconds to import
     from textgen_jax.tools import evaluate
 
+    compilation.keep_compiled()
     trained = workdir.load(values.workdir, values.checkpoint)
     if not samples:
       samples = draw(trained, values.prompt, each)
@@ -125,10 +131,8 @@ def _main(argv: Sequence[str]) -> None:
 
 def draw(trained: Any, prompt: str, each: dict[str, params.SamplingParams]) -> dict[str, list[str]]:
   """Samples by their column's name."""
-  from textgen_jax import compilation
   from textgen_jax.sampling import generate
 
-  compilation.keep_compiled()
   begins = trained.experiment.training.mask_documents
   settings = {name: dataclasses.replace(one, begins_document=begins) for name, one in each.items()}
   return {

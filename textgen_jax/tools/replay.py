@@ -10,6 +10,11 @@ Rollbacks are followed as the run made them. Nothing is written to the workdir. 
 `replay(workdir, step, hook)` takes the loss hook that the run was trained with.
 """
 
+from textgen_jax import signals
+
+if __name__ == '__main__':
+  signals.watch()  # before anything that takes its time to import
+
 import dataclasses
 import json
 import os

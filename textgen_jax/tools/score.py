@@ -8,22 +8,29 @@ that of its end. --format=color shows the text, each token on a colour from gree
 red (a surprise). Texts are scored apart: none sees another. --tokens takes ids instead of text.
 """
 
+from textgen_jax import signals
+
+if __name__ == '__main__':
+  signals.watch()  # before anything that takes its time to import
+
 import contextlib
 import dataclasses
 import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import flags
 
-from textgen_jax import command_line, compilation, errors, workdir
+from textgen_jax import command_line, errors
 from textgen_jax.data import documents, prepare, tokens
 from textgen_jax.text import base
 from textgen_jax.tools import evaluate as evaluate_tool
-from textgen_jax.training import evaluate
+
+if TYPE_CHECKING:  # what imports JAX is imported where it is used, after the flags are checked
+  from textgen_jax import workdir
 
 # Backgrounds of the 256-colour terminal palette: a step for each `COLOR_BITS` of surprise.
 COLORS = (22, 28, 64, 100, 136, 172, 166, 160, 124)
@@ -51,6 +58,8 @@ def _main(argv: Sequence[str]) -> None:
     raise errors.UserError("--text='' is an empty document: it has no token to score")
   if values.format not in ('jsonl', 'color'):
     raise errors.not_among('format', values.format, ('jsonl', 'color'))
+  from textgen_jax import compilation, workdir
+
   compilation.keep_compiled()
   trained = workdir.load(values.workdir, values.checkpoint)
   with _read(trained, values) as (names, split):
@@ -64,7 +73,7 @@ def _main(argv: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _read(trained: workdir.Trained, values: flags.FlagValues) -> Iterator[tuple[list[str], tokens.Split]]:
+def _read(trained: 'workdir.Trained', values: flags.FlagValues) -> Iterator[tuple[list[str], tokens.Split]]:
   """The texts' names, and their tokens."""
   if values.data:
     with evaluate_tool.prepared_text(trained, values.data, values.field) as (prepared, name):
@@ -93,8 +102,10 @@ def _of_ids(tokenizer: base.Tokenizer, given: Sequence[str]) -> tokens.Split:
   return tokens.Split(ids, np.array([record], tokens.DOCUMENT), (tokens.Range(0, len(ids), 1.0),))
 
 
-def score(trained: workdir.Trained, names: Sequence[str], split: tokens.Split) -> Iterator[dict[str, Any]]:
+def score(trained: 'workdir.Trained', names: Sequence[str], split: tokens.Split) -> Iterator[dict[str, Any]]:
   """A row for each document: tokens, their pieces of text, log-probabilities (nats) and those of its end."""
+  from textgen_jax.training import evaluate
+
   end = trained.tokenizer.special_ids['end_of_text']
   reading = dataclasses.replace(evaluate_tool.reading(trained), end_of_text=end)
   log_probs = np.zeros(len(split.tokens), np.float32)

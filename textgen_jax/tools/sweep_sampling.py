@@ -13,6 +13,11 @@ those that the training text lacks. distinct-n: within a sample, over equally ma
 phrase (textgen_jax/statistics/loops.py). Samples of one number and prompt share their random numbers over all settings.
 """
 
+from textgen_jax import signals
+
+if __name__ == '__main__':
+  signals.watch()  # before anything that takes its time to import
+
 import dataclasses
 import json
 import os
@@ -90,9 +95,10 @@ def _main(argv: Sequence[str]) -> None:
   settings = grid(values)
   output = values.output or os.path.join(values.workdir, 'sampling')
   report.check_directory(output)
-  from textgen_jax import workdir  # after the checks: it takes seconds to import
+  from textgen_jax import compilation, workdir  # after the checks: it takes seconds to import
   from textgen_jax.tools import evaluate
 
+  compilation.keep_compiled()
   trained = workdir.load(values.workdir, values.checkpoint)
   splits = evaluate.own_text(trained).splits
   references = read_references(trained, splits, values.max_new_tokens)
@@ -130,9 +136,8 @@ def grid(values: flags.FlagValues) -> list[Setting]:
 
 def draw(trained: Any, prompts: Sequence[str], settings: Sequence[Setting]) -> list[list[samples_lib.Sample]]:
   """The samples of each setting, those of the first prompt first; all are drawn together, but for BATCH_SIZE."""
-  from textgen_jax import compilation, generator
+  from textgen_jax import generator
 
-  compilation.keep_compiled()
   source = generator.Generator(
     trained.model, trained.params, trained.tokenizer, begins_document=trained.experiment.training.mask_documents
   )

@@ -9,6 +9,11 @@ bytes that a token stands for, tokens per byte, the share of the vocabulary that
 unknown, the share of documents that decoding gives back as they are, and the longest tokens.
 """
 
+from textgen_jax import signals
+
+if __name__ == '__main__':
+  signals.watch()  # before anything that takes its time to import
+
 import itertools
 import os
 import sys
@@ -17,7 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 
-from textgen_jax import command_line, errors, workdir
+from textgen_jax import command_line, errors
 from textgen_jax.data import corpora, prepare
 from textgen_jax.text import base, build
 
@@ -59,6 +64,8 @@ def _main(argv: Sequence[str]) -> None:
   if values.workdir:
     if given := [f'--{name}' for name in ('kind', *build.READ_BY) if values[name].present]:
       raise errors.UserError(f'{given[0]} and --workdir: a trained model has its tokenizer already')
+    from textgen_jax import workdir  # here: it imports JAX
+
     trained = workdir.load(values.workdir)
     found = [trained.tokenizer]
     print(f'{trained.tokenizer.kind}: {trained.tokenizer.vocab_size:,} ids, SHA-256 {trained.tokenizer.fingerprint()[:12]}')

@@ -8,6 +8,11 @@ loss, bit by bit. Exit code 0 where all are equal, 1 where one isn't. Every step
 are written, unless --config.training.* says otherwise. All of it happens in a temporary directory.
 """
 
+from textgen_jax import signals
+
+if __name__ == '__main__':
+  signals.watch()  # before anything that takes its time to import
+
 import contextlib
 import dataclasses
 import pathlib
@@ -66,6 +71,7 @@ def _main(argv: Sequence[str]) -> None:
   configuration = [*([f'--config={values.config}'] if values.config else []), *own, *overrides]
   experiment, _ = command_line.parse_experiment(['verify_resume', '--workdir=-', *configuration])
   experiment_lib.check(experiment)
+  signals.unwatch()  # what is under way is ended and cleared away
   with tempfile.TemporaryDirectory(prefix='verify_resume_') as directory:
     verify(Runs(configuration), pathlib.Path(directory), values.kills, experiment.training.num_steps, random.Random(values.seed))
 

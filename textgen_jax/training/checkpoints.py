@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from textgen_jax import errors, trees
 from textgen_jax.training import integrity, noise, progress, state
@@ -39,6 +38,7 @@ class Checkpoints:
     self._begun: int | None = None  # the last one that was
     self._failure = ''  # of the last save; orbax tells each of its threads' by itself
     self._problems: dict[tuple[int, tuple[str, ...]], str | None] = {}  # what was looked at already
+    ocp = _orbax()
     handlers = {'params': ocp.StandardCheckpointHandler(), 'state': ocp.StandardCheckpointHandler(), 'about': ocp.JsonCheckpointHandler()}
     noise.hush()
     # Orbax's CheckpointManager isn't used: it lists steps that aren't committed, and takes an empty folder or a link for one.
@@ -56,16 +56,17 @@ class Checkpoints:
     self.wait()
     if (self._directory / str(step)).exists():
       return
+    args = _orbax().args
     items = {'params': train_state.params, 'state': rest(train_state)}
     self._saving = self._begun = step
     self._failure = ''
     try:
       self._checkpointer.save(
         self._directory / str(step),
-        args=ocp.args.Composite(
-          params=ocp.args.StandardSave(items['params']),
-          state=ocp.args.StandardSave(items['state']),
-          about=ocp.args.JsonSave({'format': FORMAT, **about, 'leaves': _describe(items)}),
+        args=args.Composite(
+          params=args.StandardSave(items['params']),
+          state=args.StandardSave(items['state']),
+          about=args.JsonSave({'format': FORMAT, **about, 'leaves': _describe(items)}),
         ),
       )
     except Exception as error:  # as in settle
@@ -221,7 +222,7 @@ class Checkpoints:
     return self._read_about(step)
 
   def _read_about(self, step: int) -> dict[str, Any]:
-    about = self._restore(step, about=ocp.args.JsonRestore())['about']
+    about = self._restore(step, about=_orbax().args.JsonRestore())['about']
     return about if isinstance(about, dict) else {}
 
   def restore(self, step: int, abstract: state.TrainState) -> state.TrainState:
@@ -242,13 +243,20 @@ class Checkpoints:
       lines = [f'{name}: {_text(stored.get(name))} -> {_text(wanted.get(name))}' for name in wrong]
       told = '\n'.join(lines if len(lines) <= 9 else [*lines[:8], f'and {len(lines) - 8} more'])
       raise errors.NoGoodCheckpoint(f'{self._directory}/{step} holds other arrays than this run has:\n{told}')
-    return self._restore(step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
+    return self._restore(step, **{name: _orbax().args.StandardRestore(tree) for name, tree in abstract.items()})
 
   def _restore(self, step: int, **args: Any) -> Any:
     try:
-      return self._checkpointer.restore(self._directory / str(step), args=ocp.args.Composite(**args))
+      return self._checkpointer.restore(self._directory / str(step), args=_orbax().args.Composite(**args))
     except Exception as error:  # orbax raises nearly anything on damaged files
       raise errors.NoGoodCheckpoint(f'{self._directory}/{step}: the checkpoint could not be read: {first_line(error)}') from error
+
+
+def _orbax() -> Any:
+  """Not imported with this module: it takes 0.2 s, which a run has while XLA reads the compiled step."""
+  import orbax.checkpoint
+
+  return orbax.checkpoint
 
 
 def listed(directory: pathlib.Path) -> list[int]:

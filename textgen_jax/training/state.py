@@ -59,9 +59,12 @@ def create(
     shapes; its shardings.
   """
 
+  # Traced once, for the names of its axes and within `init`; inlined, it is the program that it would be without.
+  boxed_params = jax.jit(lambda key: base.init_params(model, key), inline=True)
+
   def init() -> TrainState:
     init_key, root_key = jax.random.split(jax.random.PRNGKey(seed))
-    params = nn.unbox(base.init_params(model, init_key))
+    params = nn.unbox(boxed_params(init_key))
     carry = model.init_cache(carry_rows, 0) if carry_rows else None
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
@@ -77,7 +80,7 @@ def create(
     )
 
   abstract = jax.eval_shape(init)
-  params = sharding.param_shardings(jax.eval_shape(lambda: base.init_params(model, jax.random.PRNGKey(0))), config, mesh)
+  params = sharding.param_shardings(jax.eval_shape(boxed_params, abstract.root_key), config, mesh)
   everywhere: Any = sharding.replicated(mesh)
   shardings = TrainState(
     step=everywhere,
