@@ -3,9 +3,11 @@
 import dataclasses
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from textgen_jax import errors, sharding, trees, workdir
 from textgen_jax import experiment as experiment_lib
@@ -57,11 +59,10 @@ class Parts:
     carry_rows = c.batch_size if c.windows == 'contiguous' else 0
     self.init, self.abstract, self.shardings = state.create(self.model, tx, e.seed, carry_rows, e.sharding, self.mesh)
     deviations = math.inf if c.spike_policy == 'none' else c.spike_deviations
-    self.step = jax.jit(
-      step.make_train_step(self.model, tx, optimizer.make_schedule(e.optimizer), c.accumulation_steps, hook, deviations),
-      donate_argnums=0,
-      out_shardings=(self.shardings, None),
-    )
+    schedule = optimizer.make_schedule(e.optimizer)
+    train_step = step.make_train_step(self.model, tx, schedule, c.accumulation_steps, hook, deviations, self.row_ways)
+    dispatch = train_step if c.steps_per_dispatch == 1 else step.make_dispatch(train_step, c.steps_per_dispatch)
+    self.step = jax.jit(dispatch, donate_argnums=0, out_shardings=(self.shardings, None))
     self.batch_sharding = sharding.batch_sharding(e.sharding, self.mesh)
 
   def _read_text(self) -> None:
@@ -122,6 +123,17 @@ class Parts:
   def batch(self, index: int) -> Any:
     """The batch at place `index` of the data, on the devices: the step's number from 0, and the state's `data_offset`."""
     return self.put(self.windows.batch(index))
+
+  def inputs(self, places: Sequence[int]) -> tuple[Any, ...]:
+    """What `step` takes beside the state, on the devices, to train on the batches at `places`: at most `steps_per_dispatch` of them."""
+    most = self.experiment.training.steps_per_dispatch
+    if most == 1:
+      (place,) = places
+      return (self.batch(place),)
+    batches = [self.windows.batch(place) for place in places]
+    batches += batches[-1:] * (most - len(batches))
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+    return jax.device_put((stacked, np.int32(len(places))), (sharding.stacked(self.batch_sharding), sharding.replicated(self.mesh)))
 
   def put(self, batch: Any) -> Any:
     return jax.device_put(batch, self.batch_sharding)

@@ -25,7 +25,6 @@ from textgen_jax.models import build
 MAX_LINE = 300  # characters of what is told of a mistake
 # A path that can't be one: the user's mistake, not the machine's.
 NAMES_NOTHING = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-OUT_OF_MEMORY = re.compile('RESOURCE_EXHAUSTED|[Oo]ut of memory')  # how XLA's RuntimeErrors tell it
 
 
 def run(
@@ -52,7 +51,7 @@ def run(
     code = errors.UserError.exit_code if error.errno in NAMES_NOTHING else errors.MachineFailed.exit_code
     return _end(f'{error.filename or "a file"}: {error.strerror or error}', code)
   except (MemoryError, RuntimeError) as error:
-    if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+    if not errors.is_out_of_memory(error):
       raise
     first = (str(error).splitlines() or ['MemoryError'])[0][:200]
     return _end(f'out of memory: {first}; {smaller}', errors.MachineFailed.exit_code)
