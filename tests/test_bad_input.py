@@ -61,6 +61,7 @@ def check_cache():
     ('--config.model=8', ['model is a group of fields', 'model.dim']),
     ('--config.sharding.rules={}', ['sharding.rules', 'config file']),
     ('--config.seed.x=8', ['seed', 'no fields']),
+    ('--config.training.steps_per_dispatch=0', ['training.steps_per_dispatch=0', 'below 1']),
     ('--config.training.num_steps=many', ['training.num_steps', 'many']),
     ('--config.model.dropout=high', ['model.dropout', 'high']),
     ('--config.model.bias=perhaps', ['model.bias', 'perhaps']),

@@ -22,7 +22,7 @@ ORDER = [
   {'experiment'},
   {'workdir', 'command_line', 'compilation', 'signals'},
   {'assembly', 'generator', 'interactive'},
-  {'rerun'},
+  {'memory', 'rerun'},
   {'watch'},
   {'trainer'},
   {'tools'},

@@ -72,6 +72,12 @@ def test_a_kernel_on_each_device_s_own_rows(found):
     np.testing.assert_allclose(split, whole, rtol=1e-5, atol=1e-5)
 
 
+def test_chunks_of_logits_and_dispatches_of_several_steps_on_a_mesh(found):
+  one, other = found[4]['transformer 2x2 in chunks and dispatches'], found[4]['transformer 2x2']
+  np.testing.assert_allclose(one['losses'], other['losses'], rtol=1e-5)
+  assert one['places'] == other['places']
+
+
 def test_a_run_goes_on_with_another_number_of_devices(found):
   losses = {line['step']: line['train/loss'] for line in found['run'] if 'train/loss' in line}
   assert list(losses) == list(range(1, 21))  # 5 steps on one device, 5 more on two, 10 more on four

@@ -3,14 +3,16 @@ import json
 import math
 import os
 import signal
+import threading
 
 import conftest
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from textgen_jax import errors, trainer, trees, workdir
+from textgen_jax import assembly, errors, trainer, trees, workdir
 from textgen_jax import experiment as experiment_lib
 from textgen_jax.data import corpora, prepare
 from textgen_jax.models import lstm, transformer
@@ -491,3 +493,102 @@ def test_no_good_step_is_never_a_start_from_zero(make, tmp_path):
     trainer.train(make(num_steps=4), tmp_path)
   assert caught.value.exit_code == 4
   assert snapshot(tmp_path) == before
+
+
+def recorded_spans(patch):
+  """The places of the data that each dispatch is about to train on."""
+  spans, original = [], assembly.Parts.inputs
+
+  def inputs(self, places):
+    spans.append(list(places))
+    return original(self, places)
+
+  patch.setattr(assembly.Parts, 'inputs', inputs)
+  return spans
+
+
+def test_several_steps_in_a_dispatch_are_the_same_steps(make, tmp_path, monkeypatch, capfd):
+  """What is due after a step is done after it; to the bit the same steps however dispatches are cut; those of single steps nearly."""
+  quiet, busy, single = (tmp_path / name for name in ('quiet', 'busy', 'single'))
+  same = {'kind': 'transformer', 'num_steps': 13, 'schedule_steps': 13}
+  trainer.train(make(**same, steps_per_dispatch=4, log_every_steps=5), quiet)
+  trainer.train(make(**same | {'num_steps': 2}, steps_per_dispatch=4), busy)
+  spans = recorded_spans(monkeypatch)
+  due = {'eval_every_steps': 5, 'checkpoint_every_steps': 3, 'keep_checkpoints': 9, 'profile_steps': '8:8'}
+  trainer.train(make(**same, **due, steps_per_dispatch=4), busy)
+  assert spans == [[2], [2], [3, 4], [5], [6], [7], [8], [9], [10, 11], [12]]  # the first one is compiled for
+  assert steps(busy) == [2, 3, 5, 6, 9, 10, 12, 13]
+  assert_same_end(quiet, busy, 13)
+  assert list(column(busy, 'val/loss')) == [2, 5, 10, 13]
+  capfd.readouterr()
+  trainer.train(make(**same | {'num_steps': 2}), single)
+  trainer.train(make(**same | {'num_steps': 2}, steps_per_dispatch=4), single)
+  assert 'changed on resume: training.steps_per_dispatch: 1 -> 4' in capfd.readouterr().err
+  for name in ('train/loss', 'train/grad_norm', 'train/learning_rate', 'train/skipped_steps'):
+    found = column(busy, name)
+    assert list(found) == list(range(1, 14))
+    assert column(quiet, name) == {step: found[step] for step in (5, 10, 13)}
+    np.testing.assert_allclose([found[1], found[2]], list(column(single, name).values()), rtol=1e-5)
+  assert all(0 < value < math.inf for value in column(busy, 'train/tokens_per_s').values())
+
+
+def test_a_signal_ends_a_run_after_its_dispatches(make, tmp_path, monkeypatch):
+  write = metrics.Writer.write
+
+  def write_and_stop(self, done, values):
+    write(self, done, values)
+    if done == 2:
+      signal.raise_signal(signal.SIGTERM)
+
+  given = make('transformer', num_steps=16, steps_per_dispatch=3)
+  with monkeypatch.context() as patch:
+    patch.setattr(metrics.Writer, 'write', write_and_stop)
+    with pytest.raises(errors.Stopped, match='SIGTERM: step 6 is saved'):  # the second dispatch is on its way when the first is read
+      trainer.train(given, tmp_path / 'stopped')
+  assert steps(tmp_path / 'stopped') == [6]
+  assert list(column(tmp_path / 'stopped', 'train/loss')) == list(range(1, 7))
+  trainer.train(given, tmp_path / 'stopped')
+  trainer.train(given, tmp_path / 'whole')
+  assert_same_end(tmp_path / 'stopped', tmp_path / 'whole', 16)
+  assert column(tmp_path / 'stopped', 'train/loss') == column(tmp_path / 'whole', 'train/loss')
+
+
+@pytest.mark.parametrize('steps_per_dispatch', [1, 2])
+def test_the_device_never_waits_for_the_host(steps_per_dispatch, make, tmp_path, monkeypatch):
+  """Batches lie on the device before their turn, put there by another thread, and a dispatch goes out before the last one is read."""
+  events, threads = [], set()
+  inputs, compile, read = assembly.Parts.inputs, trainer._Trainer.compile, trainer._Trainer.read
+
+  def inputs_told(self, places):
+    if threading.current_thread() is not threading.main_thread():
+      threads.add(threading.current_thread().name.partition('_')[0])
+      events.append(('made', places[-1] + 1))
+    return inputs(self, places)
+
+  def compile_told(self, *args):
+    compiled = compile(self, *args)
+
+    def take(train_state, *given):
+      assert all(isinstance(x, jax.Array) and x.committed for x in jax.tree.leaves(given))
+      with jax.transfer_guard('disallow'):
+        train_state, sums = compiled(train_state, *given)
+      events.append(('dispatched', sum(event == 'dispatched' for event, _ in events) * steps_per_dispatch + steps_per_dispatch))
+      return train_state, sums
+
+    return take
+
+  def read_told(self, span, *args):
+    events.append(('read', span[-1]))
+    return read(self, span, *args)
+
+  monkeypatch.setattr(assembly.Parts, 'inputs', inputs_told)
+  monkeypatch.setattr(trainer._Trainer, 'compile', compile_told)
+  monkeypatch.setattr(trainer._Trainer, 'read', read_told)
+  trainer.train(make(num_steps=12, steps_per_dispatch=steps_per_dispatch), tmp_path)
+  assert threads == {'prefetch'}
+  dispatches = range(steps_per_dispatch, 13, steps_per_dispatch)
+  assert [event for event in events if event[0] == 'made'] == [('made', done) for done in dispatches]
+  expected = [('dispatched', steps_per_dispatch)]
+  for done in dispatches[1:]:
+    expected += [('dispatched', done), ('read', done - steps_per_dispatch)]
+  assert [event for event in events if event[0] != 'made'] == [*expected, ('read', 12)]

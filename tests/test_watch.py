@@ -11,9 +11,9 @@ import pytest
 import spiking
 from spiking import NUM_STEPS
 
-from textgen_jax import errors, rerun, trainer, watch
-from textgen_jax.tools import verify_resume
-from textgen_jax.training import checkpoints, health
+from textgen_jax import assembly, errors, rerun, trainer, watch
+from textgen_jax.tools import replay, verify_resume
+from textgen_jax.training import checkpoints
 
 pytestmark = pytest.mark.usefixtures('quickly')
 
@@ -51,10 +51,10 @@ def poisoned(inputs):
   return jnp.where((inputs.batch.targets_BT == spiking.RARE).all(), jnp.nan, 0.0), {}
 
 
-@pytest.mark.parametrize('kind', ['transformer', 'lstm'])
-def test_a_row_of_bad_steps_is_told_once_with_its_cause_and_gone_past(kind, make, spikes, tmp_path, capfd):
+@pytest.mark.parametrize(('kind', 'steps_per_dispatch'), [('transformer', 1), ('lstm', 4)])
+def test_a_row_of_bad_steps_is_told_once_with_its_cause_and_gone_past(kind, steps_per_dispatch, make, spikes, tmp_path, capfd):
   spikes |= {20, 21, 22, 30}
-  trainer.train(make(kind, max_skipped_steps=4), tmp_path, poisoned)
+  trainer.train(make(kind, max_skipped_steps=4, steps_per_dispatch=steps_per_dispatch), tmp_path, poisoned)
   told = [line for line in capfd.readouterr().err.splitlines() if 'is skipped' in line]
   cause = 'all activations and losses of tokens are finite; the term of the loss hook is not'
   assert told == [f'step 21 is skipped: {cause}', f'step 31 is skipped: {cause}']
@@ -86,10 +86,10 @@ def test_spikes_are_let_through_unless_asked_for(make, spikes, tmp_path):
   assert int(stored(tmp_path)['state/updates']) == NUM_STEPS
 
 
-@pytest.mark.parametrize('kind', ['transformer', 'lstm'])
-def test_a_spike_is_skipped(kind, make, spikes, tmp_path, capfd):
+@pytest.mark.parametrize(('kind', 'steps_per_dispatch'), [('transformer', 1), ('lstm', 4)])
+def test_a_spike_is_skipped(kind, steps_per_dispatch, make, spikes, tmp_path, capfd):
   spikes.add(30)
-  trainer.train(make(kind, spike_policy='skip'), tmp_path)
+  trainer.train(make(kind, spike_policy='skip', steps_per_dispatch=steps_per_dispatch), tmp_path)
   loss, spiked = column(tmp_path, 'train/loss'), column(tmp_path, 'train/spiked_steps')
   assert f'step 31: a loss of {loss[31]:.4f} nats is a spike; the update is skipped' in capfd.readouterr().err
   assert (spiked[30], spiked[31], spiked[NUM_STEPS]) == (0, 1, 1)
@@ -107,14 +107,14 @@ def test_a_rollback_goes_past_the_batches_of_the_spike(make, spikes, tmp_path, c
   """As a run that was at step 19 from the start, and then read on after the spike's batch."""
   spikes.add(30)
   read = []
-  original = watch.Watch.batch
+  original = assembly.Parts.inputs
 
-  def batch(self, index):
-    read.append(index + health.data_offset(self.jumps, index + 1))
-    return original(self, index)
+  def inputs(self, places):
+    read.extend(places)
+    return original(self, places)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(watch.Watch, 'batch', batch)
+    patch.setattr(assembly.Parts, 'inputs', inputs)
     trainer.train(make(spike_policy='rollback'), tmp_path)
   said = capfd.readouterr().err
   assert 'nats is a spike: going back to step 19, and on with the batches after it' in said
@@ -148,6 +148,7 @@ KILLS = {
 def test_killed_around_a_rollback_it_ends_the_same(moment, make, spikes, tmp_path, monkeypatch):
   spikes |= {24, 33, 55}  # the second soon after the first, and one after all
   given = make('lstm' if moment == 'on the way' else 'transformer', spike_policy='rollback')
+  given.training.steps_per_dispatch = 3 if moment in ('on the way', 'steps later') else 1
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   trainer.train(given, whole)
   assert len(column(whole, 'rollback/spike_step')) >= 2
@@ -192,6 +193,19 @@ def test_which_checkpoints_are_kept_changes_no_rollback(make, spikes, tmp_path):
   assert_same_end(tmp_path / 'one', tmp_path / 'many')
   kept = sorted(int(path.name) for path in (tmp_path / 'many/checkpoints').iterdir())
   assert {6, 12, 18, 24, 30, 36, 42} <= set(kept)
+
+
+def test_dispatches_of_several_steps_are_rolled_back_and_replayed(make, spikes, tmp_path):
+  """The steps after a spike that were in its dispatch are as if they had never been."""
+  spikes.add(24)
+  trainer.train(make(spike_policy='rollback', steps_per_dispatch=5, num_steps=30), tmp_path)
+  assert column(tmp_path, 'rollback/spike_step') == {14: 25}
+  assert column(tmp_path, 'rollback/data_offset') == {14: 12}
+  assert list(column(tmp_path, 'train/loss')) == list(range(1, 31))
+  for step, nearest in ((13, 8), (22, 16)):
+    first, *_ = replay.replay(tmp_path, step)
+    assert (first['from_step'], first['differences'], first['applied']) == (nearest, {}, True)
+    assert first['loss'] == column(tmp_path, 'train/loss')[step]
 
 
 def test_rollbacks_that_never_get_past_the_spike_end_the_run(make, spikes, tmp_path, capfd):

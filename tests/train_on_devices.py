@@ -10,6 +10,7 @@ import functools
 import json
 import pathlib
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -19,14 +20,14 @@ from textgen_jax import experiment as experiment_lib
 from textgen_jax.data import corpora, tokens
 from textgen_jax.models import attention_kernels, lstm, transformer
 from textgen_jax.text import base
-from textgen_jax.training import evaluate, optimizer, step
+from textgen_jax.training import evaluate, losses, optimizer, step
 
 NUM_STEPS = 20
 # Tensor parallel: what lies between the residual stream's two ends is split, and the vocabulary.
 TENSOR_RULES = sharding.ShardingConfig().rules | {name: ['fsdp'] for name in ('vocab', 'heads', 'mlp', 'gates')} | {'embed': []}
 
 
-def make(kind, text, batch_size=8, optimizer_kind='adamw', dim=16, data=-1, fsdp=1, rules=None, accumulation_steps=1, num_steps=NUM_STEPS):
+def make(kind, text, batch_size=8, optimizer_kind='adamw', dim=16, data=-1, fsdp=1, rules=None, num_steps=NUM_STEPS, **training):
   model = {
     'transformer': transformer.TransformerConfig(dim=dim, num_layers=1, num_heads=2, vocab_multiple=4),
     'lstm': lstm.LSTMConfig(dim=dim, num_layers=1, vocab_multiple=4),
@@ -42,11 +43,11 @@ def make(kind, text, batch_size=8, optimizer_kind='adamw', dim=16, data=-1, fsdp
       num_steps=num_steps,
       batch_size=batch_size,
       sequence_length=8,
-      accumulation_steps=accumulation_steps,
       windows='contiguous' if kind == 'lstm' else 'random',
       log_every_steps=1,
       eval_every_steps=0,
       sample_tokens=0,
+      **training,
     ),
   )
 
@@ -57,12 +58,12 @@ def assemble(experiment):
 
 def losses_and_places(experiment):
   parts = assemble(experiment)
-  state, losses = parts.init(), []
-  for n in range(NUM_STEPS):
-    state, sums = parts.step(state, parts.batch(n))
-    losses.append(float(sums['loss'][0] / sums['loss'][1]))
+  state, found = parts.init(), []
+  for span in step.spans(0, NUM_STEPS, experiment.training.steps_per_dispatch, lambda done: False):
+    state, sums = parts.step(state, *parts.inputs([done - 1 for done in span]))
+    found += [step.means(one)['loss'] for one in step.each(sums, len(span))]
   places = {name: [leaf.shape, leaf.addressable_shards[0].data.shape] for name, leaf in trees.named_leaves(state)}
-  return {'losses': losses, 'places': places}
+  return {'losses': found, 'places': places}
 
 
 def scores(experiment):
@@ -130,6 +131,10 @@ def main(num_devices, text, workdir):
     found['transformer tensor'] = losses_and_places(make('transformer', text, data=1, fsdp=2, rules=TENSOR_RULES))
     found['lstm tensor'] = losses_and_places(make('lstm', text, data=1, fsdp=2, rules=TENSOR_RULES))
     found['transformer 2x1 accumulated'] = losses_and_places(make('transformer', text, data=2, accumulation_steps=2))
+  if num_devices == 4:
+    few = 4 * 2 * 3 * 24  # logits of three tokens, of the two rows of a device
+    with mock.patch.object(losses, 'MOST_LOGITS_BYTES_ON_CPU', few):
+      found['transformer 2x2 in chunks and dispatches'] = losses_and_places(make('transformer', text, data=2, fsdp=2, steps_per_dispatch=8))
   found['errors'] = {
     'batch': complaint(make('lstm', text, batch_size=6)),
     'micro-batch': complaint(make('lstm', text, batch_size=8, accumulation_steps=4)),

@@ -5,10 +5,12 @@ import dataclasses
 import math
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from textgen_jax import errors, sharding, trees, workdir
 from textgen_jax import experiment as experiment_lib
@@ -63,8 +65,11 @@ class Parts:
     self.init, self.abstract, self.shardings = state.create(self.model, self.tx, *how)
     deviations = math.inf if c.spike_policy == 'none' else c.spike_deviations
     schedule = optimizer.make_schedule(e.optimizer)
-    self.train_step = step.make_train_step(self.model, self.tx, schedule, c.accumulation_steps, hook, deviations, average)
-    self.step = jax.jit(self.train_step, donate_argnums=0, out_shardings=(self.shardings, None))
+    self.train_step = step.make_train_step(
+      self.model, self.tx, schedule, c.accumulation_steps, hook, deviations, average, self.row_ways
+    )
+    dispatch = self.train_step if c.steps_per_dispatch == 1 else step.make_dispatch(self.train_step, c.steps_per_dispatch)
+    self.step = jax.jit(dispatch, donate_argnums=0, out_shardings=(self.shardings, None))
     self.batch_sharding = sharding.batch_sharding(e.sharding, self.mesh)
 
   def _read_text(self) -> None:
@@ -108,7 +113,7 @@ class Parts:
     a start needs. That is 0.2 s of a start of 3.
     """
     began = time.monotonic()
-    lowered = self.step.lower(checkpoints.with_shardings(self.abstract, self.shardings), self.batch(0))
+    lowered = self.step.lower(checkpoints.with_shardings(self.abstract, self.shardings), *self.inputs([0]))
     xla = concurrent.futures.ThreadPoolExecutor(1, 'xla')
     compiling = xla.submit(lambda: (lowered.compile(), time.monotonic() - began))
     xla.shutdown(wait=False)
@@ -142,6 +147,17 @@ class Parts:
   def batch(self, index: int) -> Any:
     """The batch at place `index` of the data, on the devices: the step's number from 0, and the state's `data_offset`."""
     return self.put(self.windows.batch(index))
+
+  def inputs(self, places: Sequence[int]) -> tuple[Any, ...]:
+    """What `step` takes beside the state, on the devices, to train on the batches at `places`: at most `steps_per_dispatch` of them."""
+    most = self.experiment.training.steps_per_dispatch
+    if most == 1:
+      (place,) = places
+      return (self.batch(place),)
+    batches = [self.windows.batch(place) for place in places]
+    batches += batches[-1:] * (most - len(batches))
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+    return jax.device_put((stacked, np.int32(len(places))), (sharding.stacked(self.batch_sharding), sharding.replicated(self.mesh)))
 
   def put(self, batch: Any) -> Any:
     return jax.device_put(batch, self.batch_sharding)

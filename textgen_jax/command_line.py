@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # an experiment imports JAX, 0.6 s: it is imported where it i
 MAX_LINE = 300  # characters of what is told of a mistake
 # A path that can't be one: the user's mistake, not the machine's.
 NAMES_NOTHING = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-OUT_OF_MEMORY = re.compile('RESOURCE_EXHAUSTED|[Oo]ut of memory')  # how XLA's RuntimeErrors tell it
 # Objects between two collections. Imports and traces make a million that stay: at Python's own 700, 0.3 s of a start's 2.8 went there.
 GC_THRESHOLD = 10_000
 
@@ -56,7 +55,7 @@ def run(
     code = errors.UserError.exit_code if error.errno in NAMES_NOTHING else errors.MachineFailed.exit_code
     return _end(f'{error.filename or "a file"}: {error.strerror or error}', code)
   except (MemoryError, RuntimeError) as error:
-    if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+    if not errors.is_out_of_memory(error):
       raise
     first = (str(error).splitlines() or ['MemoryError'])[0][:200]
     return _end(f'out of memory: {first}; {smaller}', errors.MachineFailed.exit_code)

@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
+_OUT_OF_MEMORY = re.compile('RESOURCE_EXHAUSTED|[Oo]ut of memory')  # how XLA's RuntimeErrors tell it
 # A web address: a name and a password, host and path, and what is asked for, which may be a signature.
 _ADDRESS = re.compile(r"""://([^/\s'"]*@)?([^\s'"?#]*)([?#][^\s'"]*)?""")
 
@@ -57,6 +58,11 @@ def not_among(field: str, value: str, choices: Iterable[str]) -> UserError:
   choices = list(choices)
   near = difflib.get_close_matches(value[:100], choices, 1)  # a file may hold a name of megabytes
   return UserError(f'{field}={value[:1000]!r} is none of {", ".join(choices)}' + (f'; did you mean {near[0]!r}?' if near else ''))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+  """Whether the host's memory or a device's didn't do."""
+  return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error))))
 
 
 def without_secrets(text: str) -> str:

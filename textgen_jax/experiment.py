@@ -27,6 +27,7 @@ class TrainingConfig:
   reset_probability: float = 0.03  # contiguous windows only: that a row's state begins anew with a batch, as in generation
   mask_documents: bool = False  # no document sees what stands before it in its row: attention stops, carried states begin anew
   accumulation_steps: int = 1  # micro-batches that a batch is split into, by rows
+  steps_per_dispatch: int = 1  # at most, in one compiled call: more where a call takes longer than a step; best a divisor of all intervals
   log_every_steps: int = 10
   eval_every_steps: int = 500  # 0: only at the end
   eval_batch_size: int = 64
@@ -67,6 +68,7 @@ MAY_CHANGE = frozenset(
   + [f'data.{name}' for name in ('corpus', 'path', 'field', 'mixture', 'val_fraction')]
   + [f'training.{name}_every_steps' for name in ('log', 'eval', 'checkpoint', 'sample', 'keep')]
   + [f'training.{name}' for name in ('eval_batch_size', 'sample_prompt', 'sample_temperatures', 'sample_tokens')]
+  + ['training.steps_per_dispatch']
   + [f'training.{name}' for name in ('max_skipped_steps', 'spike_policy', 'spike_deviations', 'rollback_steps')]
   + ['sharding.data', 'sharding.fsdp', 'sharding.cpu_devices', 'sharding.rules', 'model.attention_kernel']
 )

@@ -93,7 +93,7 @@ class Session:
       self._tell(command_line.one_line(f'error: {error}'))
       return
     except (MemoryError, RuntimeError) as error:
-      if not isinstance(error, MemoryError) and not command_line.OUT_OF_MEMORY.search(str(error)):
+      if not errors.is_out_of_memory(error):
         raise
       self._tell('error: out of memory: a smaller max_new_tokens takes less')
       return

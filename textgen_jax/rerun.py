@@ -9,12 +9,12 @@ import numpy as np
 
 from textgen_jax import assembly, signals
 from textgen_jax.data import prefetch
-from textgen_jax.training import checkpoints, health, state
+from textgen_jax.training import checkpoints, health, state, step
 
 
-def nearest(parts: assembly.Parts, kept: checkpoints.Checkpoints, step: int) -> state.TrainState:
-  """The state of the newest kept step that can be read and is at most `step`; where there is none, that before the first step."""
-  found = kept.first_good([one for one in reversed(kept.steps()) if one <= step])
+def nearest(parts: assembly.Parts, kept: checkpoints.Checkpoints, number: int) -> state.TrainState:
+  """The state of the newest kept step that can be read and is at most `number`; where there is none, that before the first step."""
+  found = kept.first_good([one for one in reversed(kept.steps()) if one <= number])
   return parts.fresh() if found is None else kept.restore(found, checkpoints.with_shardings(parts.abstract, parts.shardings))
 
 
@@ -40,16 +40,21 @@ def advance(
     The state after `stop` steps, or fewer where it was stopped.
   """
   first = int(train_state.step)
-  batches = prefetch.prefetch(lambda index: parts.batch(index + health.data_offset(jumps, index + 1)), first, stop)
-  with contextlib.closing(batches):
+  spans = step.spans(first, stop, parts.experiment.training.steps_per_dispatch, lambda done: False)
+  with contextlib.closing(prefetch.prefetch(lambda span: inputs(parts, span, jumps), spans)) as ahead:
     before = None
-    for batch in batches:
-      train_state, sums = compiled(train_state, batch)
-      jax.block_until_ready(before)  # two steps in flight, as in training
+    for taken in ahead:
+      train_state, sums = compiled(train_state, *taken)
+      jax.block_until_ready(before)  # two dispatches in flight, as in training
       before = sums
       if stopped and stopped.number:
         break
   return at_offset(parts, train_state, health.data_offset(jumps, int(train_state.step)))
+
+
+def inputs(parts: assembly.Parts, span: range, jumps: list[health.Jump]) -> tuple[Any, ...]:
+  """What the compiled step takes for the steps of `span`."""
+  return parts.inputs([done - 1 + health.data_offset(jumps, done) for done in span])
 
 
 def at_offset(parts: assembly.Parts, train_state: state.TrainState, data_offset: int) -> state.TrainState:

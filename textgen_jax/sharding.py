@@ -145,6 +145,11 @@ def batch_sharding(config: ShardingConfig, mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, _spec((axes.BATCH,), config.rules))
 
 
+def stacked(sharding: NamedSharding) -> NamedSharding:
+  """Of arrays that are stacked along a new first axis, which stays whole."""
+  return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+
+
 def batch_divisor(config: ShardingConfig, mesh: Mesh) -> int:
   """How many ways rows are split."""
   return math.prod(mesh.shape[axis] for axis in config.rules[axes.BATCH])

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from textgen_jax import assembly, errors, sharding, signals, watch, workdir
+from textgen_jax import assembly, errors, memory, sharding, signals, watch, workdir
 from textgen_jax import experiment as experiment_lib
 from textgen_jax.data import prefetch, tokens
 from textgen_jax.models import base
@@ -44,7 +44,7 @@ def train(experiment: experiment_lib.Experiment, directory: str | os.PathLike, h
       does elsewhere (KeyboardInterrupt); in a command that called `signals.watch` it ends the process.
     TimeIsUp: `time_limit_minutes` have passed; the last finished step is saved.
     NoGoodCheckpoint: there are checkpoints, and none is whole.
-    MachineFailed: a checkpoint could not be saved.
+    MachineFailed: a checkpoint could not be saved, or memory doesn't do.
   """
   began, directory = time.monotonic(), pathlib.Path(directory)
   try:
@@ -92,7 +92,8 @@ class _Trainer:
     if unscored:
       self.score_step(first, train_state)
     if first < c.num_steps:
-      return self.train(self.compiled(), train_state)
+      with memory.explained(memory.smaller(self.parts)):
+        return self.train(self.compiled(), train_state)
     progress.say(f'{self.directory} has trained {first} steps already; training.num_steps={c.num_steps} asks for no more')
     return train_state
 
@@ -139,55 +140,65 @@ class _Trainer:
     return train_state, first or 0
 
   def loop(self, compiled: Any, train_state: state.TrainState, first: int) -> state.TrainState:
-    """Trains from step `first` on. Step n is dispatched before step n - 1's numbers are read."""
+    """Trains from step `first` on. Each dispatch, of one step or several, goes out before the numbers of the one before it are read."""
     c = self.config
     asked = experiment_lib.parse_profile_steps(c.profile_steps)
     profiled = range(max(asked.start, first + 1), asked.stop)
-    running: collections.deque[tuple[int, step.Sums]] = collections.deque()
+    running: collections.deque[tuple[range, step.Sums]] = collections.deque()
     self.watch.begin(train_state)
     self.about['data_jumps'] = [list(jump) for jump in self.watch.jumps]
     with contextlib.ExitStack() as stack:
       self.bar = stack.enter_context(contextlib.closing(progress.Progress(first, c.num_steps)))
-      batches = stack.enter_context(contextlib.closing(prefetch.prefetch(self.watch.batch, first, c.num_steps)))
+      ends = {profiled.start - 1, profiled.stop - 1}
+      spans = step.spans(first, c.num_steps, c.steps_per_dispatch, lambda done: done in ends or self.pause_due(done))
+      ahead = stack.enter_context(contextlib.closing(prefetch.prefetch(lambda span: (span, self.watch.inputs(span)), spans)))
       trace = stack.enter_context(contextlib.ExitStack())
       # On the host: a subtraction of arrays would be compiled.
       self.skipped = int(train_state.step) - int(train_state.updates) - int(train_state.health.spiked_steps)
-      self.logged_at, self.logged_step = time.monotonic(), first
+      self.logged_at = self.read_at = time.monotonic()
+      self.logged_step = first
       self.stop.hold()
-      due: tuple[int, step.Sums] | None = None
-      for done, batch in enumerate(batches, start=first + 1):
-        if profiled and done == profiled[0]:
+      for span, inputs in ahead:
+        done = span[-1]
+        if profiled and span[0] == profiled[0]:
           jax.block_until_ready(train_state)
           trace.enter_context(jax.profiler.trace(str(self.directory / 'profile')))
-        train_state, sums = compiled(train_state, batch)
-        running.append((done, sums))
-        if due:
-          self.log(*due)
-        due = (done, sums) if done % c.log_every_steps == 0 or done == c.num_steps else None
+        train_state, sums = compiled(train_state, *inputs)
+        running.append((span, sums))
         if len(running) > 1:
-          # Two steps in flight keep the device busy; more would only delay Ctrl-C.
-          self.watch.look(*running.popleft(), train_state)
+          # Two dispatches in flight keep the device busy; more would only delay Ctrl-C.
+          self.read(*running.popleft(), train_state)
         self.kept.check()
-        self.bar.step()
+        self.bar.advance(len(span))
         if profiled and done == profiled[-1]:
           jax.block_until_ready(train_state)
           trace.close()
         if self.ending(done) or done == c.num_steps or self.pause_due(done):
-          if due:
-            self.log(*due)
-          due = None
           while running:  # nothing is saved of what a rollback will undo
-            self.watch.look(*running.popleft(), train_state)
+            self.read(*running.popleft(), train_state)
           self.pause(done, train_state)
     return train_state
+
+  def read(self, span: range, sums: step.Sums, train_state: state.TrainState) -> None:
+    """Waits for a dispatch's steps, logs those that are due, and looks at each."""
+    c = self.config
+    jax.block_until_ready(sums)
+    began, self.read_at = self.read_at, time.monotonic()
+    for done, one in zip(span, step.each(sums, len(span)), strict=True):
+      if done % c.log_every_steps == 0 or done == c.num_steps:
+        # Steps of one dispatch are done at the same time; each took its share.
+        self.log(done, one, began + (self.read_at - began) * (done - span.start + 1) / len(span))
+      self.watch.look(done, one, train_state)
 
   def compiled(self) -> Any:
     """The step as an executable; tells how much memory it takes."""
     assert self.compiling is not None
     compiled, seconds = self.compiling.result()
-    memory = compiled.memory_analysis()
-    peak = f', {memory.peak_memory_in_bytes / 2**20:,.1f} MiB at its peak on each device' if memory else ''
-    progress.say(f'the step is compiled in {seconds:.1f} s{peak}')
+    peak, limit = memory.peak_bytes(compiled), memory.limit_bytes()
+    told = '' if peak is None else f', {peak / 2**20:,.1f} MiB at its peak on each device'
+    progress.say(f'the step is compiled in {seconds:.1f} s{told}')
+    if peak and limit and peak > limit:
+      progress.say(f'a device has {limit / 2**20:,.1f} MiB, which is less than that peak: {memory.smaller(self.parts)}')
     return compiled
 
   def evaluates(self, done: int) -> bool:
@@ -233,7 +244,8 @@ class _Trainer:
       self.check_stands()
     else:
       self.stop.hold()
-    self.logged_at += time.monotonic() - began  # tokens/s is of training alone
+    seconds = time.monotonic() - began  # tokens/s is of training alone
+    self.logged_at, self.read_at = self.logged_at + seconds, self.read_at + seconds
 
   def check_stands(self) -> None:
     """A workdir that was deleted would be made anew by the next save, without all that lay there."""
@@ -250,9 +262,8 @@ class _Trainer:
     self.final_score = score if done == self.config.num_steps and self.is_whole(score) else None
     self.kept.score(done, score.loss_nats)
 
-  def log(self, done: int, sums: step.Sums) -> None:
+  def log(self, done: int, sums: step.Sums, now: float) -> None:
     values = step.means(sums)
-    now = time.monotonic()
     steps, seconds = done - self.logged_step, now - self.logged_at
     tokens_per_s = steps * self.config.batch_size * self.config.sequence_length / max(seconds, 1e-9)
     mfu = None if self.peak_flops is None else tokens_per_s * self.flops_per_token / self.peak_flops
@@ -268,7 +279,8 @@ class _Trainer:
     self.logged_at, self.logged_step, self.skipped = now, done, skipped
 
   def score_val(self, params: Any, split: tokens.Split) -> evaluate.Score:
-    return self.parts.score(params, split)
+    with memory.explained('a smaller training.eval_batch_size would need less'):
+      return self.parts.score(params, split)
 
   def is_whole(self, score: evaluate.Score) -> bool:
     return score.tokens == self.parts.val.documents['tokens'].sum()

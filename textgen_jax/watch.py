@@ -30,9 +30,9 @@ class Watch:
     fares = jax.device_get(train_state.health)
     self._spiked, self._spike_step, self._rollbacks = int(fares.spiked_steps), int(fares.spike_step), int(fares.rollbacks)
 
-  def batch(self, index: int) -> Any:
-    """The batch of the step that comes after `index` steps."""
-    return self.parts.batch(index + health.data_offset(self.jumps, index + 1))
+  def inputs(self, span: range) -> tuple[Any, ...]:
+    """What the compiled step takes for the steps of `span`."""
+    return rerun.inputs(self.parts, span, self.jumps)
 
   def look(self, done: int, sums: step.Sums, train_state: state.TrainState) -> None:
     """Waits for step `done`, whose numbers are `sums`, and acts on them.
@@ -65,7 +65,8 @@ class Watch:
   def _diagnosis(self, done: int, train_state: state.TrainState) -> str:
     key = jax.random.fold_in(train_state.root_key, done - 1)
     try:
-      return self._diagnose(train_state.weights, train_state.carry, self.batch(done - 1), key)
+      batch = self.parts.batch(done - 1 + health.data_offset(self.jumps, done))
+      return self._diagnose(train_state.weights, train_state.carry, batch, key)
     except RuntimeError as error:  # memory may not do for it
       return f'its loss or gradient is not finite (it could not be run again: {checkpoints.first_line(error)[:80]})'
 

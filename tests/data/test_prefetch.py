@@ -12,8 +12,8 @@ def prefetch_threads():
 
 @pytest.mark.parametrize('depth', [1, 2, 50])
 def test_yields_every_step_in_order(depth):
-  assert list(prefetch.prefetch(lambda step: step * step, 3, 20, depth)) == [step * step for step in range(3, 20)]
-  assert list(prefetch.prefetch(str, 5, 5)) == []
+  assert list(prefetch.prefetch(lambda step: step * step, range(3, 20), depth)) == [step * step for step in range(3, 20)]
+  assert list(prefetch.prefetch(str, ())) == []
   assert not prefetch_threads()
 
 
@@ -26,7 +26,7 @@ def test_works_ahead_and_no_further_than_depth():
       third.set()
     return step
 
-  with contextlib.closing(prefetch.prefetch(make, 0, 100, depth=2)) as batches:
+  with contextlib.closing(prefetch.prefetch(make, range(100), depth=2)) as batches:
     assert next(batches) == 0
     assert third.wait(10)
     assert made == [0, 1, 2]
@@ -39,7 +39,7 @@ def test_failure_reaches_the_consumer_at_its_step():
       raise KeyError('broken')
     return step
 
-  batches = prefetch.prefetch(make, 0, 9)
+  batches = prefetch.prefetch(make, range(9))
   assert [next(batches), next(batches)] == [0, 1]
   with pytest.raises(KeyError, match='broken'):
     next(batches)

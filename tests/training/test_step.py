@@ -65,6 +65,19 @@ def test_accumulation_equals_the_large_batch(model, make_params, make_batch, mak
       np.testing.assert_allclose(parts_sums[name], sums, rtol=1e-6, err_msg=name)
 
 
+def test_logits_in_chunks_make_the_same_step(make_model, make_params, make_batch, make_state, recorder, monkeypatch):
+  model = make_model('transformer')
+  batch, old = make_batch(4), make_state(make_params(model), recorder)
+  whole, whole_sums = plain_step(model, recorder, 1)(old, batch)
+  monkeypatch.setattr(losses, 'MOST_LOGITS_BYTES_ON_CPU', 4 * 2 * 4 * 12)  # four tokens of two rows: not a divisor of six
+  lowered = jax.jit(step.make_train_step(model, recorder, no_rate, 2)).lower(old, batch)
+  assert lowered.as_text().count('stablehlo.while') == 2  # over micro-batches, and over chunks
+  parts, sums = lowered.compile()(old, batch)
+  assert_trees_close(parts.opt_state, whole.opt_state, 1e-5)
+  for name, expected in whole_sums.items():
+    np.testing.assert_allclose(sums[name], expected, rtol=1e-5, err_msg=name)
+
+
 def test_the_gradient_is_that_of_the_weighted_mean(model, make_params, make_batch, make_state, recorder):
   batch, params = make_batch(4), make_params(model)
   old = make_state(params, recorder)
@@ -431,3 +444,46 @@ def test_an_average_is_scored_and_what_it_is_of_is_trained(kind, make_model, mak
   bad = batch._replace(weights_BT=batch.weights_BT * np.float32(np.nan))
   skipped, _ = with_(kept, bad)
   assert_trees_equal((skipped.params, skipped.trained), (kept.params, kept.trained))
+
+
+def test_dispatches_are_their_steps_in_turn_wherever_they_are_cut(make_model, make_params, make_batch, make_state):
+  """With the carry, the optimizer's state and what is skipped. Alone they are a program of their own, and round otherwise."""
+  model, rows = make_model('lstm'), 4
+
+  def hook(inputs):
+    return jnp.where((inputs.batch.tokens_BT == BAD).all(), jnp.nan, 0.0), {}
+
+  config = optimizer.OptimizerConfig(peak_lr=0.1, warmup_steps=2, schedule_steps=20)
+  train_step = step.make_train_step(model, optimizer.build(config), optimizer.make_schedule(config), 1, hook)
+  batches = [make_batch(rows, seed=n, starts=True) for n in range(6)]
+  batches[1] = batches[1]._replace(tokens_BT=np.full_like(batches[1].tokens_BT, BAD))
+  alone, dispatch = jax.jit(train_step), jax.jit(step.make_dispatch(train_step, 3))
+
+  def train(*counts):
+    state, sums, left = make_state(make_params(model), optimizer.build(config), random_carry(model, rows)), [], batches
+    for count in counts:
+      room = [*left[:count], *[left[0]] * (3 - count)]
+      state, stacked = dispatch(state, jax.tree.map(lambda *leaves: np.stack(leaves), *room), np.int32(count))
+      sums, left = sums + step.each(stacked, count), left[count:]
+    return state, sums
+
+  full, full_sums = train(3, 3)
+  assert_trees_equal(train(1, 2, 3), (full, full_sums))
+  state = make_state(make_params(model), optimizer.build(config), random_carry(model, rows))
+  for batch, found in zip(batches, full_sums, strict=True):
+    state, sums = alone(state, batch)
+    (sums,) = step.each(sums, 1)
+    assert set(sums) == set(found)
+    for name, pair in sums.items():
+      np.testing.assert_allclose(found[name], pair, rtol=1e-5, err_msg=name)
+  assert (full.step, full.updates) == (state.step, state.updates) == (6, 5)  # one was skipped
+  assert_trees_close((full.params, full.carry), (state.params, state.carry), 1e-5)
+
+
+def test_spans_end_where_something_is_due_and_cover_all_steps():
+  never, fifths = (lambda done: False), (lambda done: done % 5 == 0)
+  assert list(step.spans(3, 12, 1, never)) == [range(n, n + 1) for n in range(4, 13)]
+  assert list(step.spans(3, 12, 4, never)) == [range(4, 8), range(8, 12), range(12, 13)]
+  assert list(step.spans(3, 17, 4, fifths)) == [range(4, 6), range(6, 10), range(10, 11), range(11, 15), range(15, 16), range(16, 18)]
+  assert list(step.spans(0, 3, 50, never)) == [range(1, 4)]
+  assert list(step.spans(7, 7, 4, never)) == []

@@ -108,12 +108,13 @@ def replay(directory: str | os.PathLike, number: int, hook: step.LossHook = step
   restored = int(train_state.step)
   progress.say(f'going from {f"the checkpoint of step {restored}" if restored else "the start"} to step {number}')
   place = number - 1 + health.data_offset(jumps, number)
-  compiled = parts.step.lower(train_state, parts.batch(place)).compile()
+  compiled = parts.step.lower(train_state, *parts.inputs([place])).compile()
   train_state = rerun.advance(parts, compiled, train_state, number - 1, jumps)
   detail = look_into(parts, train_state, parts.batch(place))
   key = jax.random.fold_in(train_state.root_key, number - 1)
   updates, spikes = int(train_state.updates), int(train_state.health.spiked_steps)
-  train_state, sums = compiled(train_state, parts.batch(place))
+  train_state, sums = compiled(train_state, *parts.inputs([place]))
+  (sums,) = step.each(sums, 1)
   values = {name: metrics.jsonable(value) for name, value in step.means(sums).items() if name not in step.COUNTS}
   told = next((line for line in run.log if line['step'] == number and 'train/loss' in line), None)
   logged = {name: told.get(f'train/{name}') for name in COMPARED} if told else {}

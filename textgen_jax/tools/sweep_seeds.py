@@ -38,8 +38,7 @@ class Told:
     """So many steps more, of all seeds, on so many tokens; `loss_nats` where a line is due."""
     with self._lock:
       self._steps, self._tokens = self._steps + steps, self._tokens + tokens
-      for _ in range(steps):
-        self._bar.step()
+      self._bar.advance(steps)
       if loss_nats is not None:
         # From the start on: seeds that train side by side report by turns, a moment apart.
         self._bar.log(self._steps, loss_nats, self._tokens / max(time.monotonic() - self._began, 1e-9), None)
@@ -67,7 +66,8 @@ def train(parts: Sequence[assembly.Parts], told: Told) -> Generator[list[Outcome
   if len(parts) > 1 and fits_one_program(parts[0]):
     yield _Run(parts, jax.jit(jax.vmap(parts[0].train_step), donate_argnums=0), TOGETHER, told, threading.Event()).finish()
     return
-  compiled = parts[0].step.lower(checkpoints.with_shardings(parts[0].abstract, parts[0].shardings), parts[0].batch(0)).compile()
+  one_step = jax.jit(parts[0].train_step, donate_argnums=0, out_shardings=(parts[0].shardings, None))
+  compiled = one_step.lower(checkpoints.with_shardings(parts[0].abstract, parts[0].shardings), parts[0].batch(0)).compile()
   ended = threading.Event()
   pool = concurrent.futures.ThreadPoolExecutor(side_by_side(len(parts)), thread_name_prefix='seed')
   try:
@@ -123,7 +123,7 @@ class _Run:
     c = self.config
     train_state = self.layout.join(jnp.stack, [one.fresh() for one in self.parts])
     running: collections.deque[tuple[int, step.Sums]] = collections.deque()
-    with contextlib.closing(prefetch.prefetch(self.batch, 0, c.num_steps)) as batches:
+    with contextlib.closing(prefetch.prefetch(self.batch, range(c.num_steps))) as batches:
       for done, batch in enumerate(batches, start=1):
         train_state, sums = self.compiled(train_state, batch)
         running.append((done, sums))

@@ -122,20 +122,28 @@ class Reading:
 @functools.partial(jax.jit, static_argnames='model')
 def nll(model: base.LanguageModel, params: Any, cache: Any, batch: windows.Batch) -> tuple[jax.Array, Any]:
   """Each target's loss (nats), [B, T], and the cache after the batch."""
-  logits_BTV, cache = _logits(model, params, cache, batch)
-  return losses.nll(logits_BTV, batch.targets_BT), cache
+  return _measured(losses.nll, model, params, cache, batch)
 
 
 @functools.partial(jax.jit, static_argnames='model')
 def nll_and_entropy(model: base.LanguageModel, params: Any, cache: Any, batch: windows.Batch) -> tuple[jax.Array, Any]:
   """Each target's loss and the entropy of the distribution that predicts it (nats), [B, T, 2], and the cache after the batch."""
-  logits_BTV, cache = _logits(model, params, cache, batch)
-  return jnp.stack([losses.nll(logits_BTV, batch.targets_BT), losses.entropy(logits_BTV)], axis=-1), cache
+
+  def both(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    return jnp.stack([losses.nll(logits_BTV, targets_BT), losses.entropy(logits_BTV)], axis=-1)
+
+  return _measured(both, model, params, cache, batch)
 
 
-def _logits(model: base.LanguageModel, params: Any, cache: Any, batch: windows.Batch) -> tuple[jax.Array, Any]:
+def _measured(
+  of_logits: Callable[[jax.Array, jax.Array], jax.Array], model: base.LanguageModel, params: Any, cache: Any, batch: windows.Batch
+) -> tuple[jax.Array, Any]:
   hidden_BTD, cache = model.apply({'params': params}, batch.tokens_BT, cache=cache, starts_BT=batch.starts_BT)
-  return model.apply({'params': params}, hidden_BTD, method='unembed'), cache
+
+  def unembed(hidden_BTD: jax.Array) -> jax.Array:
+    return model.apply({'params': params}, hidden_BTD, method='unembed')
+
+  return losses.measure(of_logits, unembed, hidden_BTD, batch.targets_BT), cache
 
 
 def token_losses(

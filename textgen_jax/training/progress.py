@@ -49,10 +49,10 @@ class Progress:
       bar_format='{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]',
     )
 
-  def step(self) -> None:
+  def advance(self, steps: int) -> None:
     # The first step compiles; time left is reckoned from its end.
     self._began = self._began or time.monotonic()
-    self._bar.update()
+    self._bar.update(steps)
 
   def log(self, step: int, loss_nats: float, tokens_per_s: float, mfu: float | None) -> None:
     share = '' if mfu is None else f', {mfu:.1%} MFU'

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ class LossInputs(NamedTuple):
   batch: windows.Batch
   hidden_BTD: jax.Array
   unembed: Callable[[jax.Array], jax.Array]  # hidden_BTD -> logits_BTV; pays for the product again
-  nll_BT: jax.Array  # nats
+  nll_BT: jax.Array  # nats; with a large vocabulary its gradient pays for the product again
   sown: Any  # the 'intermediates' collection that modules have sown
   key: jax.Array  # this micro-batch's own
 
@@ -78,8 +78,9 @@ def loss_terms(
   batch: windows.Batch,
   key: jax.Array,
   collections: Sequence[str] = ('intermediates',),
+  row_ways: int = 1,
 ) -> Terms:
-  """The forward pass of training: dropout is on, and `collections` are what modules may sow into beside `LOSSES`."""
+  """The forward pass of training: dropout is on; modules may sow into `collections` beside `LOSSES`; rows are split `row_ways` ways."""
   dropout_key, hook_key = jax.random.split(key)
   (hidden_BTD, carry), sown = model.apply(
     {'params': params},
@@ -94,8 +95,8 @@ def loss_terms(
   def unembed(hidden_BTD: jax.Array) -> jax.Array:
     return model.apply({'params': params}, hidden_BTD, method='unembed')
 
-  nll_BT = losses.nll(unembed(hidden_BTD), batch.targets_BT)
-  loss, weight = (nll_BT * batch.weights_BT).sum(), batch.weights_BT.sum()
+  loss, nll_BT = losses.weighted_nll(unembed, hidden_BTD, batch.targets_BT, batch.weights_BT, row_ways)
+  weight = batch.weights_BT.sum()
   inputs = LossInputs(params, batch, hidden_BTD, unembed, nll_BT, sown.get('intermediates', {}), hook_key)
   extra, metrics = hook(inputs)
   check_hook(extra, metrics)
@@ -128,16 +129,17 @@ def make_train_step(
   hook: LossHook = no_hook,
   spike_deviations: float = math.inf,
   average: optimizer.Average | None = None,
+  row_ways: int = 1,
 ) -> Callable[[state.TrainState, windows.Batch], tuple[state.TrainState, Sums]]:
   """The step, to be jitted with its state donated.
 
   A step whose loss or gradient isn't finite leaves parameters, moments, the schedule's count and the carry as they
   were, and so does one whose loss stands `spike_deviations` above the losses before; infinity lets all spikes through. With an `average`
-  the state's `params` are that of its `trained` ones.
+  the state's `params` are that of its `trained` ones. Rows are split over `row_ways` devices.
   """
 
   def loss_sum(params: Any, carry: Any, batch: windows.Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Sums]]:
-    terms = loss_terms(model, hook, params, carry, batch, key)
+    terms = loss_terms(model, hook, params, carry, batch, key, row_ways=row_ways)
     objective = terms.loss + terms.extra
     return objective, (terms.carry, {**terms.metrics, 'loss': (terms.loss, terms.weight), 'objective': (objective, terms.weight)})
 
@@ -202,3 +204,41 @@ def make_train_step(
     return new, sums | {name: (count.astype(jnp.float32), one) for name, count in zip(COUNTS, counts, strict=True)}
 
   return train_step
+
+
+def make_dispatch(train_step: Callable[[state.TrainState, Any], tuple[state.TrainState, Sums]], most: int) -> Callable[..., Any]:
+  """Up to `most` steps in one call, to be jitted with its state donated.
+
+  Steps past `count` are computed and thrown away. So every dispatch, however short, is the same program, and a step is the same to the
+  bit wherever dispatches are cut; and the loop's length is known, without which a GPU asks the host after each step whether to go on.
+
+  Returns:
+    A function of the state, `most` batches, stacked, and `count`, which gives the state after `count` steps and the sums of all, stacked.
+  """
+
+  def dispatch(old: state.TrainState, batches: windows.Batch, count: jax.Array) -> tuple[state.TrainState, Sums]:
+    def one(before: state.TrainState, inputs: tuple[jax.Array, windows.Batch]) -> tuple[state.TrainState, Sums]:
+      i, batch = inputs
+      after, sums = train_step(before, batch)
+      return jax.tree.map(lambda new, previous: jnp.where(i < count, new, previous), after, before), sums
+
+    return jax.lax.scan(one, old, (jnp.arange(most), batches))
+
+  return dispatch
+
+
+def spans(first: int, stop: int, most: int, ends: Callable[[int], bool]) -> Iterator[range]:
+  """The steps after step `first` up to `stop` by dispatches: at most `most` in each, and none after one that `ends` its dispatch."""
+  while first < stop:
+    full = min(first + most, stop)
+    last = next((done for done in range(first + 1, full) if ends(done)), full)
+    yield range(first + 1, last + 1)
+    first = last
+
+
+def each(sums: Sums, count: int) -> list[Sums]:
+  """The sums of each of a dispatch's `count` steps. Those of one alone stay on the device: most are never read."""
+  if not sums['loss'][0].shape:
+    return [sums]
+  on_host = jax.device_get(sums)
+  return [jax.tree.map(lambda x, k=k: x[k], on_host) for k in range(count)]
