@@ -20,7 +20,7 @@ from textgen_jax.tools.sweep_results import Outcome
 from textgen_jax.training import checkpoints, evaluate, progress, state, step
 
 # Parameters up to which all seeds are one program. On two CPU cores three of them took 0.61 of one's time a step and seed at 11,360
-# parameters, 1.06 at 41,248, 1.00 at 140,544 (LSTM) and 1.15 at 805,760; in a thread each they took 0.72, 0.52, 0.56 and 0.94.
+# parameters, 1.06 at 41,248, 1.00 at 140,544 (LSTM) and 1.15 at 805,760; in a thread each they took 0.72, 0.52, 0.56 and 0.94 to 1.00.
 MOST_IN_ONE_PROGRAM_ON_CPU = 20_000
 # Elsewhere a small step is bound by the launches of its kernels, which one program makes once for all seeds; not measured.
 MOST_IN_ONE_PROGRAM = 5_000_000
@@ -66,8 +66,9 @@ def train(parts: Sequence[assembly.Parts], told: Told) -> Generator[list[Outcome
   if len(parts) > 1 and fits_one_program(parts[0]):
     yield _Run(parts, jax.jit(jax.vmap(parts[0].train_step), donate_argnums=0), TOGETHER, told, threading.Event()).finish()
     return
-  one_step = jax.jit(parts[0].train_step, donate_argnums=0, out_shardings=(parts[0].shardings, None))
-  compiled = one_step.lower(checkpoints.with_shardings(parts[0].abstract, parts[0].shardings), parts[0].batch(0)).compile()
+  first = parts[0]
+  program = jax.jit(first.train_step, donate_argnums=0, out_shardings=(first.shardings, None))
+  compiled = program.lower(checkpoints.with_shardings(first.abstract, first.shardings), first.batch(0)).compile()
   ended = threading.Event()
   pool = concurrent.futures.ThreadPoolExecutor(side_by_side(len(parts)), thread_name_prefix='seed')
   try:
@@ -86,8 +87,8 @@ def fits_one_program(parts: assembly.Parts) -> bool:
 
 def side_by_side(seeds: int) -> int:
   """How many seeds train at a time, a thread each."""
-  # A small step leaves CPU cores idle: with two threads on two cores a step and seed took 0.56 of the time at 37,504 to 140,544
-  # parameters, and 0.89 at 805,760 and 2,135,040. Several devices, or one that is no CPU, are busy with one seed.
+  # A small step leaves CPU cores idle: with two threads on two cores a step and seed took 0.56 to 0.58 of the time at 37,504 to
+  # 140,544 parameters, and 0.89 to 0.97 at 805,760 and 2,135,040. Several devices, or one that is no CPU, are busy with one seed.
   return min(seeds, os.cpu_count() or 1) if jax.default_backend() == 'cpu' and jax.device_count() == 1 else 1
 
 
