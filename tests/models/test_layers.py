@@ -5,7 +5,7 @@ import pytest
 from flax import linen as nn
 
 from textgen_jax import axes
-from textgen_jax.models import layers
+from textgen_jax.models import build, layers, transformer
 
 rng = np.random.default_rng(0)
 
@@ -66,3 +66,21 @@ def test_auto_dtype_follows_the_hardware(monkeypatch):
     assert layers.resolve_dtype('auto') == dtype
   assert layers.resolve_dtype('float32') == 'float32'
   assert layers.resolve_dtype('bfloat16') == 'bfloat16'
+
+
+def test_soft_cap():
+  logits_BTV = jnp.asarray([[[-1000.0, -1.0, 0.0, 0.01, 1.0, 1000.0]]])
+  capped = np.asarray(layers.soft_cap(logits_BTV, 15.0))[0, 0]
+  np.testing.assert_allclose(capped, 15 * np.tanh(np.array([-1000, -1, 0, 0.01, 1, 1000]) / 15), rtol=1e-6)
+  assert np.abs(capped).max() <= 15
+
+
+def test_logits_of_a_model_are_capped(random_params):
+  sizes = {'dim': 16, 'num_layers': 1, 'num_heads': 2, 'vocab_multiple': 4}
+  plain, capped = (build.build(transformer.TransformerConfig(**sizes, logit_softcap=cap), 7, 8) for cap in (0.0, 2.0))
+  params = random_params(plain)
+  hidden_BTD = 5 * jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 16)), jnp.float32)
+  one, other = (model.apply({'params': params}, hidden_BTD, method='unembed') for model in (plain, capped))
+  assert jnp.abs(one[..., :7]).max() > 3
+  np.testing.assert_allclose(other[..., :7], 2 * np.tanh(np.asarray(one[..., :7]) / 2), rtol=1e-5)
+  assert (other[..., 7:] == -jnp.inf).all()

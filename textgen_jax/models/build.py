@@ -87,6 +87,8 @@ def check(config: ModelConfig) -> None:
     raise errors.UserError(
       f'model.dim={config.dim} over model.num_heads={config.num_heads} is {width} a head: rotary positions need an even number'
     )
+  if not (math.isfinite(config.logit_softcap) and config.logit_softcap >= 0):
+    raise errors.UserError(f'model.logit_softcap={config.logit_softcap} is not a finite number of at least 0')
   if not (math.isfinite(config.rope_theta) and config.rope_theta > 1):
     raise errors.UserError(f'model.rope_theta={config.rope_theta} is not a finite number above 1')
 

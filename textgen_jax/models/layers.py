@@ -95,6 +95,11 @@ def hide_padding(logits_BTV: jax.Array, vocab_size: int) -> jax.Array:
   return jnp.where(jnp.arange(logits_BTV.shape[-1]) < vocab_size, logits_BTV, -jnp.inf)
 
 
+def soft_cap(logits_BTV: jax.Array, cap: float) -> jax.Array:
+  """Logits in (-cap, cap), in float32; small ones nearly as they are. Source: Gemma Team 2024, arXiv:2408.00118, section 2."""
+  return cap * jnp.tanh(logits_BTV.astype(jnp.float32) / cap)
+
+
 def resolve_dtype(name: str) -> str:
   """'auto' is bfloat16 where the hardware has it, float32 on CPU, where bfloat16 was the slower one."""
   if name != 'auto':

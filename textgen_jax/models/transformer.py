@@ -32,6 +32,7 @@ class TransformerConfig:
   qk_norm: bool = True  # RMS norm of queries and keys
   bias: bool = False  # in dense layers and layer norms
   tied_embedding: bool = False  # one table for input and output
+  logit_softcap: float = 0.0  # logits are squeezed between it and its negative; 0: they aren't
   init: str = 'zero_residual'  # zero_residual | gpt2
   dropout: float = 0.0  # of embeddings, attention weights and both branches' outputs
   remat: bool = False  # recompute each block in the backward pass: less memory, about a third more time
@@ -155,6 +156,8 @@ class Transformer(nn.Module):
 
   def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
     logits_BTV = self.embed.attend(hidden_BTD) if self.config.tied_embedding else self.unembedding(hidden_BTD)
+    if self.config.logit_softcap:
+      logits_BTV = layers.soft_cap(logits_BTV, self.config.logit_softcap)
     return layers.hide_padding(logits_BTV, self.vocab_size)
 
   def init_everything(self, tokens_BT: jax.Array) -> jax.Array:
