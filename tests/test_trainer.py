@@ -508,7 +508,7 @@ def recorded_spans(patch):
 
 
 def test_several_steps_in_a_dispatch_are_the_same_steps(make, tmp_path, monkeypatch, capfd):
-  """What is due after a step is done after it; to the bit the same steps however dispatches are cut, and those of dispatches of one nearly."""
+  """To the bit wherever dispatches are cut, for what is due after a step is done after it; steps alone are a program of their own."""
   quiet, busy, single = (tmp_path / name for name in ('quiet', 'busy', 'single'))
   same = {'kind': 'transformer', 'num_steps': 13, 'schedule_steps': 13}
   trainer.train(make(**same, steps_per_dispatch=4, log_every_steps=5), quiet)

@@ -395,7 +395,7 @@ def test_streams_that_carry_know_where_documents_start(make_model, make_params, 
 
 
 def test_dispatches_are_their_steps_in_turn_wherever_they_are_cut(make_model, make_params, make_batch, make_state):
-  """With the carry, the optimizer's state and what is skipped. Steps are the same to the bit in all of them; alone they are a program of their own."""
+  """To the bit, with the carry, the optimizer's state and what is skipped; steps alone are a program of their own."""
   model, rows = make_model('lstm'), 4
 
   def hook(inputs):
