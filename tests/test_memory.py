@@ -24,7 +24,7 @@ def make(tmp_path_factory, text_file):
     return experiment_lib.Experiment(
       data=corpora.DataConfig(path=str(text_file)),
       tokenizer=base.TokenizerConfig(kind='char'),
-      model=model or transformer.TransformerConfig(dim=16, num_layers=6, num_heads=2),
+      model=model or transformer.TransformerConfig(dim=16, num_layers=3, num_heads=2),
       training=experiment_lib.TrainingConfig(**(settings | training)),
     )
 
@@ -35,16 +35,17 @@ def assemble(experiment):
   return assembly.Parts(experiment, pathlib.Path('nowhere'), step.no_hook)
 
 
-def test_what_is_advised_takes_less(make):
-  """Of compiled programs."""
+def test_what_is_advised_takes_less(make, monkeypatch):
+  """Of programs that are compiled as a run compiles them: without XLA's optimizations nothing is recomputed."""
+  jax.config.update('jax_disable_most_optimizations', False)  # `quickly` puts it back at the module's end
   parts = [assemble(make()), assemble(make(accumulation_steps=2)), assemble(make())]
   parts[2].experiment.model = dataclasses.replace(parts[2].experiment.model, remat=True)
   parts[2] = assemble(parts[2].experiment)
   plain, accumulated, recomputed = (memory.peak_bytes(one.step.lower(one.abstract, *one.inputs([0])).compile()) for one in parts)
   state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts[0].abstract))
-  activations = 6 * 8 * 32 * (16 * 4 + 64) * 4  # of each layer at least the inputs of its products
+  activations = 3 * 8 * 32 * (16 * 4 + 64) * 4  # of each layer at least the inputs of its products
   assert plain > state + activations
-  assert max(accumulated, recomputed) - state < 0.7 * (plain - state)
+  assert max(accumulated, recomputed) - state < 0.8 * (plain - state)
   assert memory.smaller(parts[0]) == 'model.remat=True or training.accumulation_steps=2 would need less'
 
 
