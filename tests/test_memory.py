@@ -72,7 +72,7 @@ def test_a_peak_above_the_device_is_told(make, tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(
   ('owner', 'name', 'advice'),
   [
-    (trainer._Trainer, 'compile', 'training.accumulation_steps=2 would need less'),
+    (trainer._Trainer, 'compiled', 'training.accumulation_steps=2 would need less'),
     (trainer._Trainer, 'read', 'training.accumulation_steps=2 would need less'),
     (evaluate, 'evaluate', 'a smaller training.eval_batch_size would need less'),
   ],
@@ -94,6 +94,6 @@ def test_another_error_stays_what_it_is(make, tmp_path, monkeypatch):
   def fail(*args, **kwargs):
     raise RuntimeError('INTERNAL: a bug')
 
-  monkeypatch.setattr(trainer._Trainer, 'compile', fail)
+  monkeypatch.setattr(trainer._Trainer, 'compiled', fail)
   with pytest.raises(RuntimeError, match='INTERNAL: a bug'):
     trainer.train(make(lstm.LSTMConfig(dim=16, num_layers=1)), tmp_path)

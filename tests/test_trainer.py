@@ -516,7 +516,7 @@ def test_several_steps_in_a_dispatch_are_the_same_steps(make, tmp_path, monkeypa
   spans = recorded_spans(monkeypatch)
   due = {'eval_every_steps': 5, 'checkpoint_every_steps': 3, 'keep_checkpoints': 9, 'profile_steps': '8:8'}
   trainer.train(make(**same, **due, steps_per_dispatch=4), busy)
-  assert spans == [[2], [2], [3, 4], [5], [6], [7], [8], [9], [10, 11], [12]]  # the first one is compiled for
+  assert spans == [[0], [2], [3, 4], [5], [6], [7], [8], [9], [10, 11], [12]]  # the first one is compiled for
   assert steps(busy) == [2, 3, 5, 6, 9, 10, 12, 13]
   assert_same_end(quiet, busy, 13)
   assert list(column(busy, 'val/loss')) == [2, 5, 10, 13]
@@ -557,7 +557,7 @@ def test_a_signal_ends_a_run_after_its_dispatches(make, tmp_path, monkeypatch):
 def test_the_device_never_waits_for_the_host(steps_per_dispatch, make, tmp_path, monkeypatch):
   """Batches lie on the device before their turn, put there by another thread, and a dispatch goes out before the last one is read."""
   events, threads = [], set()
-  inputs, compile, read = assembly.Parts.inputs, trainer._Trainer.compile, trainer._Trainer.read
+  inputs, ready, read = assembly.Parts.inputs, trainer._Trainer.compiled, trainer._Trainer.read
 
   def inputs_told(self, places):
     if threading.current_thread() is not threading.main_thread():
@@ -565,8 +565,8 @@ def test_the_device_never_waits_for_the_host(steps_per_dispatch, make, tmp_path,
       events.append(('made', places[-1] + 1))
     return inputs(self, places)
 
-  def compile_told(self, *args):
-    compiled = compile(self, *args)
+  def compiled_told(self):
+    compiled = ready(self)
 
     def take(train_state, *given):
       assert all(isinstance(x, jax.Array) and x.committed for x in jax.tree.leaves(given))
@@ -582,7 +582,7 @@ def test_the_device_never_waits_for_the_host(steps_per_dispatch, make, tmp_path,
     return read(self, span, *args)
 
   monkeypatch.setattr(assembly.Parts, 'inputs', inputs_told)
-  monkeypatch.setattr(trainer._Trainer, 'compile', compile_told)
+  monkeypatch.setattr(trainer._Trainer, 'compiled', compiled_told)
   monkeypatch.setattr(trainer._Trainer, 'read', read_told)
   trainer.train(make(num_steps=12, steps_per_dispatch=steps_per_dispatch), tmp_path)
   assert threads == {'prefetch'}
