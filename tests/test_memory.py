@@ -1,6 +1,5 @@
 """What a step takes, what takes less, and what is told where memory doesn't do."""
 
-import dataclasses
 import pathlib
 
 import jax
@@ -35,18 +34,30 @@ def assemble(experiment):
   return assembly.Parts(experiment, pathlib.Path('nowhere'), step.no_hook)
 
 
-def test_what_is_advised_takes_less(make, monkeypatch):
-  """Of programs that are compiled as a run compiles them: without XLA's optimizations nothing is recomputed."""
-  jax.config.update('jax_disable_most_optimizations', False)  # `quickly` puts it back at the module's end
-  parts = [assemble(make()), assemble(make(accumulation_steps=2)), assemble(make())]
-  parts[2].experiment.model = dataclasses.replace(parts[2].experiment.model, remat=True)
-  parts[2] = assemble(parts[2].experiment)
-  plain, accumulated, recomputed = (memory.peak_bytes(one.step.lower(one.abstract, *one.inputs([0])).compile()) for one in parts)
+def test_accumulation_takes_less(make):
+  """Of compiled programs."""
+  parts = [assemble(make()), assemble(make(accumulation_steps=2))]
+  plain, accumulated = (memory.peak_bytes(one.step.lower(one.abstract, *one.inputs([0])).compile()) for one in parts)
   state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts[0].abstract))
-  activations = 3 * 8 * 32 * (16 * 4 + 64) * 4  # of each layer at least the inputs of its products
-  assert plain > state + activations
-  assert max(accumulated, recomputed) - state < 0.8 * (plain - state)
-  assert memory.smaller(parts[0]) == 'model.remat=True or training.accumulation_steps=2 would need less'
+  assert plain > state + 3 * 8 * 32 * (16 * 4 + 64) * 4  # of each layer at least the inputs of its products
+  assert accumulated - state < 0.8 * (plain - state)
+
+
+def test_remat_keeps_less_for_the_backward_pass(make):
+  """Of what is kept, whatever a backend makes of it."""
+
+  def kept(remat):
+    model = transformer.TransformerConfig(dim=16, num_layers=3, num_heads=2, remat=remat)
+    parts = assemble(make(model))
+    key = jax.random.PRNGKey(0)
+
+    def residuals(params, batch):
+      return jax.vjp(lambda params: step.loss_terms(parts.model, step.no_hook, params, None, batch, key).loss, params)[1]
+
+    shapes = jax.eval_shape(residuals, parts.abstract.params, parts.windows.batch(0))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+  assert kept(True) < 0.5 * kept(False)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +69,12 @@ def test_what_is_advised_takes_less(make, monkeypatch):
     (lstm.LSTMConfig(), {'accumulation_steps': 8}, 'a smaller model.dim or training.sequence_length would need less'),
   ],
 )
-def test_advice_is_of_what_is_left_to_do(model, training, advice, make):
-  assert memory.smaller(assemble(make(model, **training))) == advice
+def test_advice_is_of_what_is_left_to_do(model, training, advice, make, monkeypatch):
+  parts = assemble(make(model, **training))
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert memory.smaller(parts) == advice
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')
+  assert 'remat' not in memory.smaller(parts)
 
 
 def test_a_peak_above_the_device_is_told(make, tmp_path, monkeypatch, capfd):
