@@ -23,7 +23,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from textgen_jax import assembly, command_line, workdir
+from textgen_jax import assembly, command_line, compilation, workdir
 from textgen_jax.training import checkpoints, step
 
 
@@ -36,7 +36,9 @@ def main() -> None:
   versions = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'jaxlib', 'optax', 'orbax-checkpoint'))
   print(f'{os.cpu_count()} cores; {versions}; {args.config}; {args.repeats} pairs of {args.steps} steps\n')
   with tempfile.TemporaryDirectory() as folder:
-    parts = assembly.Parts(command_line.load_config(args.config), pathlib.Path(folder, 'run'), step.no_hook)
+    experiment = command_line.load_config(args.config)
+    compilation.split_cores(experiment)
+    parts = assembly.Parts(experiment, pathlib.Path(folder, 'run'), step.no_hook)
     batches = [parts.batch(i) for i in range(16)]
     guarded = compiled(parts, batches[0])
     with mock.patch.object(step.jnp, 'isfinite', lambda x: jnp.ones_like(x, bool)):
