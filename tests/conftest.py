@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import train
 from textgen_jax.training import integrity
@@ -22,6 +23,10 @@ TINY = [
   '--config.training.sample_tokens=0',
 ]
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
+
+
+# One device whichever test comes first: train.py would make one of each core, and what it runs then rounds otherwise.
+jax.config.update('jax_num_cpu_devices', 1)
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -53,9 +58,11 @@ def quickly(tmp_path_factory):
   old = {name: jax.config.values[name] for name in values}
   for name, value in values.items():
     jax.config.update(name, value)
+  compilation_cache.reset_cache()  # JAX opens one when it first compiles, and keeps it
   yield
   for name, value in old.items():
     jax.config.update(name, value)
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -15,6 +15,11 @@ stands last. What is in results.jsonl isn't trained again: a sweep that was kill
 those that are missing, and another grid or configuration adds its lines; the table is of all, with a column for each field that differs.
 """
 
+from textgen_jax import signals
+
+if __name__ == '__main__':
+  signals.watch()  # before anything that takes its time to import
+
 import contextlib
 import dataclasses
 import itertools
@@ -25,12 +30,15 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 
-from textgen_jax import command_line, compilation, errors, signals
-from textgen_jax import experiment as experiment_lib
-from textgen_jax.tools import report, sweep_results
+from textgen_jax import command_line, errors
+from textgen_jax.tools import report
+
+if TYPE_CHECKING:  # what imports JAX is imported where it is used, after the flags are checked
+  from textgen_jax.tools import sweep_results
 
 MOST_COMBINATIONS = 1000  # each is built before the first trains
 
@@ -52,6 +60,9 @@ def _main(argv: Sequence[str]) -> None:
     raise errors.UserError('--output is missing: name a directory for the results, such as --output=runs/sweep')
   if values.seeds < 1:
     raise errors.UserError(f'--seeds={values.seeds} is below 1')
+  from textgen_jax import compilation
+  from textgen_jax.tools import sweep_results
+
   given = [f'--config={values.config}'] if values.config else []
   found = combinations([*given, *overrides], values.grid)
   report.check_directory(values.output)
@@ -60,7 +71,7 @@ def _main(argv: Sequence[str]) -> None:
   print('\n'.join(report.aligned(sweep_results.table(records))))
 
 
-def combinations(configuration: Sequence[str], grid: Sequence[str]) -> list[sweep_results.Combination]:
+def combinations(configuration: Sequence[str], grid: Sequence[str]) -> 'list[sweep_results.Combination]':
   """Every combination of the grid's values, those of the last field next to each other; equal ones once.
 
   Args:
@@ -70,6 +81,9 @@ def combinations(configuration: Sequence[str], grid: Sequence[str]) -> list[swee
   Raises:
     UserError: names the flag, field or value.
   """
+  from textgen_jax import experiment as experiment_lib
+  from textgen_jax.tools import sweep_results
+
   axes: dict[str, list[str]] = {}
   for text in grid:
     field, equals, listed = text.partition('=')
@@ -93,8 +107,10 @@ def combinations(configuration: Sequence[str], grid: Sequence[str]) -> list[swee
   return found
 
 
-def check(combination: sweep_results.Combination, num_seeds: int) -> None:
+def check(combination: 'sweep_results.Combination', num_seeds: int) -> None:
   """Raises UserError for what can't be trained, or not without a workdir."""
+  from textgen_jax import experiment as experiment_lib
+
   experiment = combination.experiment
   for seed in (experiment.seed, experiment.seed + num_seeds - 1):
     experiment_lib.check(dataclasses.replace(experiment, seed=seed))
@@ -105,8 +121,8 @@ def check(combination: sweep_results.Combination, num_seeds: int) -> None:
 
 
 def sweep(
-  combinations: Sequence[sweep_results.Combination], num_seeds: int, directory: pathlib.Path, command: str = ''
-) -> list[sweep_results.Record]:
+  combinations: 'Sequence[sweep_results.Combination]', num_seeds: int, directory: pathlib.Path, command: str = ''
+) -> 'list[sweep_results.Record]':
   """Trains what `directory` hasn't got yet, each combination with its own seed and those after it.
 
   Returns:
@@ -117,6 +133,7 @@ def sweep(
     Stopped: SIGINT came; what was finished stands in the directory.
   """
   from textgen_jax import assembly, workdir  # after the checks of flags: they take seconds to import
+  from textgen_jax.tools import sweep_results
   from textgen_jax.training import step
 
   for one in combinations:
@@ -134,7 +151,7 @@ def sweep(
   return results.records
 
 
-def _train(todo: Sequence[tuple[sweep_results.Combination, str]], num_seeds: int, results: sweep_results.Results) -> None:
+def _train(todo: 'Sequence[tuple[sweep_results.Combination, str]]', num_seeds: int, results: 'sweep_results.Results') -> None:
   from textgen_jax import assembly
   from textgen_jax.tools import sweep_seeds
   from textgen_jax.training import progress, step
@@ -159,5 +176,4 @@ def _train(todo: Sequence[tuple[sweep_results.Combination, str]], num_seeds: int
 
 
 if __name__ == '__main__':
-  signals.watch()
   sys.exit(main(sys.argv))
