@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import flags
@@ -176,7 +177,13 @@ def last_step(workdir: pathlib.Path) -> int:
 
 def stored(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
   """Every array of a checkpoint by name: params, moments, counts, key, carry."""
-  read = ocp.StandardCheckpointer().restore
+  checkpointer, here = ocp.StandardCheckpointer(), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+  def read(path: pathlib.Path) -> Any:
+    """Onto one device: the run may have had others than this process."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), checkpointer.metadata(path).item_metadata.tree)
+    return checkpointer.restore(path, shapes)
+
   trees_of = {item: read(workdir.absolute() / 'checkpoints' / str(step) / item) for item in ('params', 'state')}
   return {name: np.asarray(leaf) for name, leaf in trees.named_leaves(trees_of)}
 
