@@ -92,7 +92,7 @@ def test_every_attention_in_the_table_exists():
 VARIANT = """
 import jax
 import jax.numpy as jnp
-from textgen_jax.models import attention
+from textgen_jax.models import attention, layers
 
 
 class TalkingHeads(attention.Attention):
@@ -102,7 +102,7 @@ class TalkingHeads(attention.Attention):
     heads = q_BTHK.shape[2]
     before_HH, after_HH = (self.param(name, jax.nn.initializers.normal(1.0), (heads, heads)) for name in ('before', 'after'))
     s_BHTS = jnp.einsum('BHTS,HI->BITS', self.scores(q_BTHK, k_BSGK, mask_BTS), before_HH)
-    s_BHTS = jnp.where(mask_BTS[:, None], s_BHTS, attention.MASKED)
+    s_BHTS = jnp.where(mask_BTS[:, None], s_BHTS, layers.MASKED)
     p_BHTS = jax.nn.softmax(jnp.pad(s_BHTS, ((0, 0), (0, 0), (0, 0), (0, 1))), axis=-1)[..., :-1]
     return self.collect(jnp.einsum('BHTS,HI->BITS', p_BHTS, after_HH), v_BSGK, deterministic)
 """

@@ -13,8 +13,6 @@ from flax import linen as nn
 from textgen_jax import axes
 from textgen_jax.models import attention_kernels, base, causal_attention, layers, rope
 
-MASKED = -1e30  # finite, so that a row with nothing to look at gives no NaN
-
 
 class Frame(NamedTuple):
   """Where the tokens of one call stand; the same for every layer."""
@@ -86,13 +84,13 @@ class Attention(nn.Module):
     return self.collect(p_BHTS, v_BGSK, deterministic)
 
   def scores(self, q_BTHK: jax.Array, k_BGSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Scaled products in float32, `MASKED` where a query may not look, [B, H, T, S]."""
+    """Scaled products in float32, `layers.MASKED` where a query may not look, [B, H, T, S]."""
     batch, time, heads, head_dim = q_BTHK.shape
     groups = k_BGSK.shape[1]
     # The heads that share a group of keys are queries of one product (R of them), so that no key is copied.
     q_BTGRK = (q_BTHK * head_dim**-0.5).reshape(batch, time, groups, heads // groups, head_dim)
     s_BGRTS = jnp.einsum('BTGRK,BGSK->BGRTS', q_BTGRK, k_BGSK, preferred_element_type=jnp.float32)
-    return jnp.where(mask_BTS[:, None], s_BGRTS.reshape(batch, heads, time, -1), MASKED)
+    return jnp.where(mask_BTS[:, None], s_BGRTS.reshape(batch, heads, time, -1), layers.MASKED)
 
   def collect(self, p_BHTS: jax.Array, v_BGSK: jax.Array, deterministic: bool) -> jax.Array:
     """Values summed by weight, after the weights' dropout, [B, T, H, K]."""

@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from textgen_jax.models import base
+from textgen_jax.models import base, layers
 
 # What `model.attention_kernel` may be. auto: cudnn on an NVIDIA GPU, splash on a TPU and causal on a CPU, where they can; else plain.
 KERNELS = ('auto', 'plain', 'causal', 'cudnn', 'splash', 'blocks')
 OF_BACKEND = {'cpu': 'causal', 'gpu': 'cudnn', 'tpu': 'splash'}
 
-MASKED = -1e30  # finite, so that a row that is only padding gives no NaN
 LANES = 128  # a TPU's vector registers are so wide, and splash's blocks are multiples of it
 LARGEST_SPLASH_BLOCK = 512
 SPANS, SHORTEST_SPAN, LARGEST_BLOCK = 8, 256, 256  # of `blocks`; each span is a program of its own, in each layer
@@ -182,7 +181,7 @@ def _span(
   @jax.checkpoint
   def block(q_BTGRK: jax.Array, place_T: jax.Array, index: jax.Array) -> jax.Array:
     s_BGRTS = jnp.einsum('BTGRK,BGSK->BGRTS', q_BTGRK, k_BGSK, preferred_element_type=jnp.float32)
-    p_BGRTS = jax.nn.softmax(jnp.where(sight.mask(place_T, keys)[:, None, None], s_BGRTS, MASKED), axis=-1)
+    p_BGRTS = jax.nn.softmax(jnp.where(sight.mask(place_T, keys)[:, None, None], s_BGRTS, layers.MASKED), axis=-1)
     if dropout and key is not None:
       kept = jax.random.bernoulli(jax.random.fold_in(key, index), 1 - dropout, p_BGRTS.shape)
       p_BGRTS = jnp.where(kept, p_BGRTS / (1 - dropout), 0)

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-BLOCK = 64  # queries: of 32 and 128 neither was faster
+from textgen_jax.models import layers
 
-_MASKED = -1e30
+BLOCK = 64  # queries: of 256 tokens, blocks of 256 took 31 ms, of 128 22, of 64 15; smaller ones weren't tried
 
 
 @jax.custom_vjp
@@ -51,7 +51,7 @@ def _forward(q_BTHK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array) -> tuple[j
     k, v = k_BGSK[:, :, : block.stop], v_BGSK[:, :, : block.stop]
     s = jnp.einsum('BGRTK,BGSK->BGRTS', q_BGRTK[:, :, :, block], k, preferred_element_type=jnp.float32)
     t = jnp.arange(block.start, block.stop)
-    s = s + jnp.where(jnp.arange(block.stop) <= t[:, None], 0.0, _MASKED)
+    s = s + jnp.where(jnp.arange(block.stop) <= t[:, None], 0.0, layers.MASKED)
     weights = jnp.exp(s - s.max(axis=-1, keepdims=True))
     total = weights.sum(axis=-1, keepdims=True)
     weights = weights.astype(v.dtype)

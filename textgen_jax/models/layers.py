@@ -12,6 +12,7 @@ from textgen_jax import axes
 
 Initializer = Callable[..., jax.Array]
 
+MASKED = -1e30  # a score that is not to count; finite, so that a row with nothing to look at gives no NaN
 RESIDUAL = (axes.BATCH, axes.TIME, None)  # logical axes of activations, [B, T, D]
 
 

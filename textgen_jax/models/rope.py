@@ -26,7 +26,7 @@ def rotation(position_BT: jax.Array | np.ndarray, head_dim: int, theta: float) -
   """
   half = head_dim // 2
   # Of positions that are known the cosines are taken here: XLA would fuse them into every product, and take them again for each layer and
-  # head. They were a fifth of a step's work outside of matrix products.
+  # head. With this and `rotate`'s slices, norm and rotation of 4 rows of 256 tokens took 0.2 ms where they had taken 1.8.
   known = isinstance(position_BT, np.ndarray) and position_BT.shape[1] <= CONSTANT_TOKENS
   xp = np if known else jnp
   frequency_K = theta ** (-xp.arange(half, dtype=np.float32) / half)
@@ -44,6 +44,6 @@ def rotate(x_BTHK: jax.Array, by: Rotation) -> jax.Array:
   cos_BT1K, sin_BT1K = by.cos_BTK[:, :, None], by.sin_BTK[:, :, None]
   a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
   half = x_BTHK.shape[-1] // 2
-  # Written by slice: as a concatenation XLA's CPU backend asks for each number which half it is of, 1.8 ms where this took 0.2.
+  # Written by slice: in a concatenation XLA's CPU backend asks for each number which half it is of.
   out_BTHK = jnp.zeros(x_BTHK.shape, jnp.float32).at[..., :half].set(a * cos_BT1K - b * sin_BT1K)
   return out_BTHK.at[..., half:].set(b * cos_BT1K + a * sin_BT1K).astype(x_BTHK.dtype)

@@ -51,11 +51,6 @@ class Told:
     self._bar.close()
 
 
-def scored_params(train_state: state.TrainState) -> Any:
-  """The parameters that a step is scored by."""
-  return train_state.params
-
-
 def train(parts: Sequence[assembly.Parts], told: Told) -> Generator[list[Outcome], None, None]:
   """Trains the seeds of one experiment in the way that takes the least time here, and yields what became of them as they end.
 
@@ -167,7 +162,7 @@ class _Run:
         self.curves[number].append((done, loss_of(score)))
 
   def params(self, number: int, train_state: state.TrainState) -> Any:
-    return self.layout.part(scored_params(train_state), number)
+    return self.layout.part(train_state.params, number)
 
   def outcome(self, number: int, train_state: state.TrainState) -> Outcome:
     """The whole val split's score."""
