@@ -20,7 +20,8 @@ VOCAB_SIZE = 11
 LENGTH = 6
 
 
-@pytest.fixture(scope='package', autouse=True)
+# Not of the package: without an __init__.py that would last until the session ends, and other tests round otherwise then.
+@pytest.fixture(scope='module', autouse=True)
 def quick_compiles():
   # Most of these tests' time would be XLA's.
   jax.config.update('jax_disable_most_optimizations', True)
