@@ -30,8 +30,9 @@ def _main(argv: Sequence[str]) -> None:
   from textgen_jax import experiment as experiment_lib
 
   experiment_lib.check(experiment)
-  from textgen_jax import compilation, trainer
+  from textgen_jax import allocator, compilation, trainer
 
+  allocator.keep_memory()
   compilation.keep_compiled()
   compilation.split_cores(experiment)
   trainer.train(experiment, workdir)
