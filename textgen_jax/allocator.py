@@ -1,0 +1,22 @@
+"""Memory that was freed stays with the process."""
+
+import ctypes
+import os
+import sys
+
+# Of glibc's malloc.h: at most so many blocks by mmap, arenas, bytes that stay at the heap's end when it shrinks, bytes more when it grows.
+_SETTINGS = {'M_MMAP_MAX': (-4, 0), 'M_ARENA_MAX': (-8, 1), 'M_TRIM_THRESHOLD': (-1, 2**31 - 1), 'M_TOP_PAD': (-2, 64 << 20)}
+
+
+def keep_memory() -> None:
+  """Has malloc keep what is freed, on Linux with glibc, unless the user has settled malloc by its environment variables.
+
+  XLA's CPU backend allocates each step's buffers anew. By default malloc returns them to the kernel, which then has every page to clear
+  and to map again in the next step: 1,157 ms a step became 966 (10.6 M parameters). To be called before threads allocate.
+  """
+  if not sys.platform.startswith('linux') or any(name.startswith('MALLOC_') or name == 'GLIBC_TUNABLES' for name in os.environ):
+    return
+  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+  if mallopt is not None:  # musl has none
+    for parameter, value in _SETTINGS.values():
+      mallopt(parameter, value)
