@@ -120,13 +120,23 @@ def make_constrain(config: ShardingConfig, mesh: Mesh) -> base.Constrain:
   return MeshConstrain(mesh, tuple((name, tuple(mesh_axes)) for name, mesh_axes in config.rules.items()))
 
 
-def make_spread(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-  """Splits a stack's first axis over all devices, so that each works on its share; what is added to make it even is zeros."""
+def make_spread(mesh: Mesh) -> Callable[[Callable[[jax.Array], jax.Array]], Callable[[jax.Array], jax.Array]]:
+  """Has each device work on its share of a stack of arrays; what is added to make it even is zeros.
 
-  def spread(stack: jax.Array) -> jax.Array:
-    more = -stack.shape[0] % mesh.size
-    stack = jnp.pad(stack, ((0, more), *((0, 0),) * (stack.ndim - 1)))
-    return jax.lax.with_sharding_constraint(stack, NamedSharding(mesh, PartitionSpec(MESH_AXES)))
+  Spelled out, because the compiler, told only how the stack is to lie, split each array in rows first and exchanged those one by one.
+  """
+
+  def spread(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    def share(stack: jax.Array) -> jax.Array:
+      size = stack.shape[0] // mesh.size
+      part = jax.lax.dynamic_slice_in_dim(stack, jax.lax.axis_index(MESH_AXES) * size, size)
+      return jax.lax.all_gather(function(part), MESH_AXES, tiled=True)
+
+    def whole(stack: jax.Array) -> jax.Array:
+      padded = jnp.pad(stack, ((0, -stack.shape[0] % mesh.size), *((0, 0),) * (stack.ndim - 1)))
+      return jax.shard_map(share, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)(padded)[: stack.shape[0]]
+
+    return whole if mesh.size > 1 else function
 
   return spread
 

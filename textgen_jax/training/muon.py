@@ -11,16 +11,17 @@ import optax
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 TURNS = 5
 
-Spread = Callable[[jax.Array], jax.Array]
+OnStack = Callable[[jax.Array], jax.Array]
+Spread = Callable[[OnStack], OnStack]  # splits the work on a stack of matrices, [N, D, F], over devices
 
 
 class MuonState(NamedTuple):
   momentum: Any
 
 
-def alone(stack_NDF: jax.Array) -> jax.Array:
+def alone(work: OnStack) -> OnStack:
   """On one device there is nobody to share the work with."""
-  return stack_NDF
+  return work
 
 
 def orthogonalize(x_NDF: jax.Array) -> jax.Array:
@@ -46,7 +47,7 @@ def scale_by_muon(momentum: float, spread: Spread = alone) -> optax.GradientTran
 
   Args:
     momentum: its decay.
-    spread: splits a stack of matrices, [N, D, F], over devices; it may add matrices of zeros.
+    spread: it may add matrices of zeros.
   """
 
   def init(params: Any) -> MuonState:
@@ -71,7 +72,7 @@ def _together(matrices: list[jax.Array], spread: Spread) -> list[jax.Array]:
   out = list(matrices)
   for places in by_shape.values():
     wide = [matrices[i].T if matrices[i].shape[0] > matrices[i].shape[1] else matrices[i] for i in places]
-    made_NDF = orthogonalize(spread(jnp.stack(wide)))
+    made_NDF = spread(orthogonalize)(jnp.stack(wide))
     for n, i in enumerate(places):
       rows, columns = matrices[i].shape
       made = made_NDF[n]
