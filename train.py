@@ -9,9 +9,10 @@ that configuration's fields and values. Ctrl-C saves and leaves; the same comman
 import sys
 from collections.abc import Sequence
 
-from textgen_jax import signals
+from textgen_jax import allocator, signals
 
 if __name__ == '__main__':
+  allocator.keep_memory()  # before any thread, of which a watch is one
   signals.watch()  # before what takes seconds to import
 
 from textgen_jax import command_line
@@ -30,9 +31,8 @@ def _main(argv: Sequence[str]) -> None:
   from textgen_jax import experiment as experiment_lib
 
   experiment_lib.check(experiment)
-  from textgen_jax import allocator, compilation, trainer
+  from textgen_jax import compilation, trainer
 
-  allocator.keep_memory()
   compilation.keep_compiled()
   compilation.split_cores(experiment)
   trainer.train(experiment, workdir)

@@ -63,6 +63,9 @@ def main() -> None:
   parser.add_argument('--serve', metavar='SETTING:NAME', help='for the script itself: time what stdin asks for')
   args = parser.parse_args()
   if args.serve:
+    from textgen_jax import allocator
+
+    allocator.keep_memory()  # as train.py does; PyTorch gained nothing from it
     setting, _, name = args.serve.partition(':')
     contenders.serve(make(setting, name))
     return
@@ -139,12 +142,11 @@ def batches(setting: str, count: int = 16) -> np.ndarray:
 def ours(setting: str, own_block: bool) -> Steps:
   import jax
 
-  from textgen_jax import allocator, compilation, sharding
+  from textgen_jax import compilation, sharding
   from textgen_jax.data import windows
   from textgen_jax.models import build, lstm, transformer
   from textgen_jax.training import optimizer, state, step
 
-  allocator.keep_memory()
   compilation.keep_compiled()
   s = SETTINGS[setting]
   if not s.num_heads:
@@ -188,10 +190,8 @@ def our_layer() -> Steps:
   import jax.numpy as jnp
   from flax import linen as nn
 
-  from textgen_jax import allocator
   from textgen_jax.models import lstm
 
-  allocator.keep_memory()
   s = SETTINGS['lstm_layer']
   layer = lstm.LSTMLayer(lstm.LSTMConfig(dim=s.dim, num_layers=1), 'float32')
   x_TBD = jax.random.normal(jax.random.PRNGKey(0), (s.sequence_length, s.batch_size, s.dim))
