@@ -32,12 +32,26 @@ def orthogonalize(x_NDF: jax.Array) -> jax.Array:
   Args:
     x_NDF: matrices; the iteration is cheaper where D is at most F.
   """
-  a, b, c = COEFFICIENTS
+  rows, columns = x_NDF.shape[1:]
   x_NDF = x_NDF / (jnp.linalg.norm(x_NDF, axis=(1, 2), keepdims=True) + 1e-8)
-  for _ in range(TURNS):
-    square_NDD = x_NDF @ x_NDF.swapaxes(1, 2)
-    x_NDF = a * x_NDF + (b * square_NDD + c * square_NDD @ square_NDD) @ x_NDF
-  return x_NDF
+  if columns < 2 * rows:
+    for _ in range(TURNS):
+      x_NDF = _turn(x_NDF @ x_NDF.swapaxes(1, 2)) @ x_NDF
+    return x_NDF
+  # Each turn multiplies by a polynomial of x @ x.T, whose next one follows from it: wide matrices are read twice, not ten times.
+  square_NDD = x_NDF @ x_NDF.swapaxes(1, 2)
+  total_NDD = None
+  for i in range(TURNS):
+    turn_NDD = _turn(square_NDD)
+    total_NDD = turn_NDD if total_NDD is None else turn_NDD @ total_NDD
+    if i < TURNS - 1:
+      square_NDD = turn_NDD @ square_NDD @ turn_NDD
+  return total_NDD @ x_NDF
+
+
+def _turn(square_NDD: jax.Array) -> jax.Array:
+  a, b, c = COEFFICIENTS
+  return a * jnp.eye(square_NDD.shape[-1]) + b * square_NDD + c * square_NDD @ square_NDD
 
 
 def scale_by_muon(momentum: float, spread: Spread = alone) -> optax.GradientTransformation:
