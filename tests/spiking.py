@@ -17,7 +17,7 @@ def plant(monkeypatch):
   monkeypatch.setattr(health, 'FEWEST_LOSSES', 10)
   monkeypatch.setattr(health, 'WINDOW', 10)
   places = set()
-  for kind in (windows.RandomWindows, windows.ContiguousStreams):
+  for kind in (windows.RandomWindows, windows.ShuffledWindows, windows.ContiguousStreams):
 
     def noisy(self, step, rows=windows.ALL_ROWS, original=kind.batch):
       batch = original(self, step, rows)

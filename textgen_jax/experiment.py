@@ -10,7 +10,7 @@ from typing import Any
 
 from textgen_jax import errors
 from textgen_jax import sharding as sharding_lib
-from textgen_jax.data import corpora
+from textgen_jax.data import corpora, windows
 from textgen_jax.models import build
 from textgen_jax.text import base as text_base
 from textgen_jax.text import build as text_build
@@ -23,7 +23,7 @@ class TrainingConfig:
   num_steps: int = 5000
   batch_size: int = 64  # rows over all devices
   sequence_length: int = 256  # tokens a row; the context that the model is trained on
-  windows: str = 'random'  # random | contiguous (streams that carry a recurrent state from batch to batch)
+  windows: str = 'random'  # random | shuffled (each once an epoch) | contiguous (streams that carry a recurrent state from batch to batch)
   reset_probability: float = 0.03  # contiguous windows only: that a row's state begins anew with a batch, as in generation
   mask_documents: bool = False  # no document sees what stands before it in its row: attention stops, carried states begin anew
   accumulation_steps: int = 1  # micro-batches that a batch is split into, by rows
@@ -108,8 +108,8 @@ def _check_training(config: TrainingConfig) -> None:
     raise errors.UserError(
       f"training.batch_size={config.batch_size} isn't divisible by training.accumulation_steps={config.accumulation_steps}"
     )
-  if config.windows not in ('random', 'contiguous'):
-    raise errors.not_among('training.windows', config.windows, ('random', 'contiguous'))
+  if config.windows not in windows.KINDS:
+    raise errors.not_among('training.windows', config.windows, windows.KINDS)
   if config.spike_policy not in health.POLICIES:
     raise errors.not_among('training.spike_policy', config.spike_policy, health.POLICIES)
   if not (math.isfinite(config.spike_deviations) and config.spike_deviations > 0):

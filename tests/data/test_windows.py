@@ -6,7 +6,7 @@ import pytest
 from textgen_jax import errors
 from textgen_jax.data import tokens, windows
 
-KINDS = [windows.RandomWindows, windows.ContiguousStreams]
+KINDS = [windows.RandomWindows, windows.ShuffledWindows, windows.ContiguousStreams]
 
 
 def split(ids, *ranges, is_reply=None):
@@ -57,6 +57,38 @@ def test_targets_are_the_next_tokens_and_rows_a_part_of_the_batch(kind, data, en
     assert batch.starts_BT is None or batch.starts_BT.dtype == bool
     for rows in (slice(0, 2), slice(2, 5), slice(1, 4, 2)):
       assert_same([x for x in reader.batch(step, rows) if x is not None], [x[rows] for x in batch if x is not None])
+
+
+@pytest.mark.parametrize('batch_size', [1, 3, 40])
+def test_shuffled_windows_are_read_once_an_epoch(batch_size):
+  data = windows.ShuffledWindows(split(np.arange(100)), 0, batch_size, 7)
+  (count,) = data.windows_per_epoch
+  assert count == 13
+  rows = np.concatenate([data.batch(step).tokens_BT for step in range(-(-20 * count // batch_size))])
+  epochs = rows[: 20 * count].reshape(20, -1)
+  firsts = epochs.min(axis=1)
+  np.testing.assert_array_equal(np.sort(epochs, axis=1), firsts[:, None] + np.arange(7 * count))
+  assert set(firsts) == set(range(7))  # of 20 offsets that are drawn
+  assert len(np.unique(epochs - firsts[:, None], axis=0)) == 20
+
+
+def test_shuffled_windows_of_a_mixture_have_epochs_of_their_own():
+  data = windows.ShuffledWindows(MIXTURE, 0, 10, 9)
+  assert data.windows_per_epoch == [10, 65, 32]
+  first = np.concatenate([data.batch(step).tokens_BT[:5] for step in range(6)])  # 5 rows a step of 10 windows
+  for epoch in first.reshape(3, -1):
+    np.testing.assert_array_equal(np.sort(epoch), epoch.min() + np.arange(90))
+  others = data.batch(0).tokens_BT[5:, 0]
+  assert ((others >= 100) & (others < 700)).sum() == 2
+  assert (others >= 700).sum() == 3
+
+
+@pytest.mark.parametrize('length', [1, 2, 5])
+def test_the_shortest_text_that_is_shuffled(length):
+  data = windows.ShuffledWindows(split(np.arange(2 * length)), 0, 2, length)
+  assert {int(first) for step in range(50) for first in data.batch(step).tokens_BT[:, 0]} == set(range(length))
+  with pytest.raises(errors.UserError, match=rf'{2 * length - 1} tokens.*sequence_length={length}.*{2 * length}'):
+    windows.ShuffledWindows(split(np.arange(2 * length - 1)), 0, 2, length)
 
 
 def test_random_windows_are_uniform_over_all_places():

@@ -1,5 +1,6 @@
 """Batches of tokens: each one a pure function of (data, seed, step), so that a resume needs no iterator's state."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from textgen_jax import errors
 from textgen_jax.data import tokens
 
 ALL_ROWS = slice(None)
+KINDS = ('random', 'shuffled', 'contiguous')
 
 
 class Batch(NamedTuple):
@@ -48,6 +50,47 @@ class RandomWindows:
     corpus_B = generator.choice(len(weights), self._batch_size, p=weights) if len(weights) > 1 else np.zeros(self._batch_size, np.int64)
     offsets_B = starts[corpus_B] + generator.integers(0, (stops - starts - self._length)[corpus_B])
     return _gather(self._split, offsets_B[rows], self._length, None, self._end_of_text)
+
+
+class ShuffledWindows:
+  """Windows side by side, each read once an epoch, in an order drawn anew for each; it begins at an offset drawn from [0, T).
+
+  Rows are shared out among the corpora by their weights, at least one each; each corpus has epochs of its own.
+
+  Args:
+    split: the text.
+    seed: non-negative; with the corpus and the epoch it decides offset and order.
+    batch_size: B; at least as many as corpora.
+    length: T; every corpus must have at least 2 * T tokens.
+    end_of_text: as `RandomWindows` has it.
+  """
+
+  def __init__(self, split: tokens.Split, seed: int, batch_size: int, length: int, end_of_text: int | None = None):
+    _check_sizes(batch_size, length)
+    self._rows = share_out(batch_size, [part.weight for part in split.ranges])
+    # As many windows an epoch as the largest offset, T - 1, leaves room for: that makes the epoch a function of the step.
+    self.windows_per_epoch = [(part.stop - part.start - length) // length for part in split.ranges]
+    if not min(self.windows_per_epoch):
+      part = split.ranges[self.windows_per_epoch.index(0)]
+      raise errors.UserError(
+        f'the split has {part.stop - part.start} tokens: shuffled windows (training.sequence_length={length}) need at least {2 * length}'
+      )
+    self._split, self._seed, self._length, self._end_of_text = split, seed, length, end_of_text
+    # Epochs are begun in the middle of a batch, and batches ahead are made while a step before is run again.
+    self._places = functools.lru_cache(maxsize=2 * len(split.ranges))(self._draw_places)
+
+  def batch(self, step: int, rows: slice = ALL_ROWS) -> Batch:
+    """The batch of `step` (0, 1, ...), or just `rows` of it, for a host that holds only those."""
+    offsets = []
+    for corpus, (part, count) in enumerate(zip(self._split.ranges, self._rows, strict=True)):
+      turns = [divmod(n, self.windows_per_epoch[corpus]) for n in range(step * count, (step + 1) * count)]
+      offsets += [part.start + self._places(corpus, epoch)[turn] for epoch, turn in turns]
+    return _gather(self._split, np.array(offsets)[rows], self._length, None, self._end_of_text)
+
+  def _draw_places(self, corpus: int, epoch: int) -> np.ndarray:
+    generator = _generator(self._seed, corpus << 48 | epoch)
+    offset = generator.integers(self._length)
+    return offset + self._length * generator.permutation(self.windows_per_epoch[corpus])
 
 
 class ContiguousStreams:
