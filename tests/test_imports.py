@@ -20,7 +20,7 @@ ORDER = [
   {'sharding'},
   {'training', 'sampling'},
   {'experiment'},
-  {'workdir', 'command_line', 'compilation', 'signals'},
+  {'workdir', 'command_line', 'compilation', 'signals', 'allocator'},
   {'assembly', 'generator', 'interactive'},
   {'memory', 'rerun'},
   {'watch'},

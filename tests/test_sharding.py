@@ -175,10 +175,21 @@ def test_one_device_constrains_nothing():
   ('rows', 'cores', 'changes', 'expected'),
   [
     (12, 2, {}, 2), (12, 8, {}, 6), (7, 4, {}, 1), (12, 5, {'recurrent': True}, 1), (12, 2, {'data': 1}, 1), (12, 2, {'fsdp': 2}, 1),
-    (7, 4, {'cpu_devices': 3}, 3), (12, 2, {'cpu_devices': 1}, 1),
+    (64, 64, {}, 8), (7, 4, {'cpu_devices': 3}, 3), (12, 2, {'cpu_devices': 1}, 1),
   ],
 )  # fmt: skip
 def test_rows_are_split_over_as_many_cores_as_divide_them(monkeypatch, rows, cores, changes, expected):
   monkeypatch.setattr(sharding.os, 'sched_getaffinity', lambda _: set(range(cores)), raising=False)
+  monkeypatch.setattr(sharding, '_quota', lambda: 99)
   recurrent = changes.pop('recurrent', False)
   assert sharding.cpu_devices(sharding.ShardingConfig(**changes), rows, recurrent) == expected
+
+
+@pytest.mark.parametrize(('told', 'cores'), [('200000 100000', 2), ('50000 100000', 1), ('max 100000', 8), ('', 8)])
+def test_a_container_s_quota_counts(monkeypatch, tmp_path, told, cores):
+  (tmp_path / 'cpu.max').write_text(told)
+  assert sharding._quota(str(tmp_path / 'cpu.max')) == cores
+  assert sharding._quota(str(tmp_path / 'none')) == sharding.MOST_CPU_DEVICES
+  monkeypatch.setattr(sharding, '_quota', lambda: cores)
+  monkeypatch.setattr(sharding.os, 'sched_getaffinity', lambda _: set(range(64)), raising=False)
+  assert sharding.cpu_devices(sharding.ShardingConfig(), 64, recurrent=False) == cores

@@ -213,6 +213,25 @@ def test_init_from_takes_the_params_alone(kind, make, tmp_path):
   assert list(column(target, 'train/loss')) == [1, 2, 3]
 
 
+@pytest.mark.parametrize('averaging', [{'average_decay': 0.9}, {'kind': 'schedule_free'}], ids=['moving', 'schedule_free'])
+def test_an_average_is_saved_scored_and_gone_on_from(averaging, make, tmp_path):
+  def given(**changes):
+    experiment = make('transformer', schedule_steps=6, **changes)
+    experiment.optimizer = dataclasses.replace(experiment.optimizer, **averaging)
+    return experiment
+
+  trainer.train(given(num_steps=6), tmp_path / 'whole')
+  trainer.train(given(num_steps=3), tmp_path / 'parts')
+  trainer.train(given(num_steps=6), tmp_path / 'parts')
+  assert_same_end(tmp_path / 'whole', tmp_path / 'parts', 6)
+  kept = stored(tmp_path / 'whole', 6)
+  assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (kept['params'], kept['state']['trained'])), strict=True))
+  for x, y in zip(*map(jax.tree.leaves, (kept['params'], workdir.load(tmp_path / 'whole').params)), strict=True):
+    np.testing.assert_array_equal(x, y)
+  trainer.train(given(num_steps=2, init_from=tmp_path / 'whole'), tmp_path / 'warm')  # donates both copies
+  assert list(column(tmp_path / 'warm', 'train/loss')) == [1, 2]
+
+
 @pytest.mark.parametrize('kind', MODELS)
 def test_masked_documents_are_learned_and_scored_apart(kind, make, tmp_path):
   (tmp_path / 'texts.jsonl').write_text(''.join(json.dumps({'text': TEXT[n : n + 9 + n % 7]}) + '\n' for n in range(150)))

@@ -141,8 +141,10 @@ def main(num_devices, text, workdir):
     'param': complaint(make('lstm', text, dim=18, fsdp=num_devices)),
     'sizes': complaint(make('lstm', text, data=3)),
   }
-  # One run that goes on where a process with another number of devices left it.
-  trainer.train(make('lstm', text, fsdp=num_devices, num_steps=5 * num_devices), workdir)
+  # One run that goes on where a process with another number of devices left it, and writes a sample at its end.
+  experiment = make('lstm', text, fsdp=num_devices, num_steps=5 * num_devices, sample_every_steps=5 * num_devices)
+  experiment.training.sample_tokens = 2
+  trainer.train(experiment, workdir)
   print(json.dumps(found))
 
 

@@ -40,11 +40,13 @@ def split_cores(experiment: experiment_lib.Experiment) -> None:
     return
   c = experiment.training
   devices = sharding.cpu_devices(experiment.sharding, c.batch_size // c.accumulation_steps, build.carries(experiment.model))
+  patient = jax.__version_info__[:2] in _PATIENT_VERSIONS
   try:
-    jax.config.update('jax_num_cpu_devices', devices)
+    # Unless told to, none of several devices whose patience can't be set.
+    jax.config.update('jax_num_cpu_devices', devices if patient or experiment.sharding.cpu_devices else 1)
   except RuntimeError:  # devices are there already
     return
-  if devices > 1 and 'xla_cpu_collective' not in flags and jax.__version_info__[:2] in _PATIENT_VERSIONS:
+  if devices > 1 and 'xla_cpu_collective' not in flags and patient:
     os.environ['XLA_FLAGS'] = f'{flags} {_PATIENCE}'.strip()
 
 

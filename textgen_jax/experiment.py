@@ -61,7 +61,8 @@ class Experiment:
   training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
 
 
-# Fields that may differ when a run goes on: none changes a step but for rounding (mesh, kernel), and for what is done about spikes.
+# Fields that may differ when a run goes on: none changes a step but for rounding (mesh, kernel), which of an attention's weights dropout
+# takes (kernel), and what is done about spikes.
 # Where text and tokenizer lie isn't compared: that they are the same is told by their fingerprints.
 MAY_CHANGE = frozenset(
   ['time_limit_minutes', 'training.num_steps', 'training.keep_checkpoints', 'training.profile_steps', 'tokenizer.model_path']

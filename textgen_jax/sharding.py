@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from textgen_jax import axes, errors, trees
 from textgen_jax.models import base
 
+MOST_CPU_DEVICES = 8  # each holds a copy of the state and meets the others in every sum; more than 2 are unmeasured
 MESH_AXES = ('data', 'fsdp')
 
 
@@ -56,8 +57,9 @@ def check(config: ShardingConfig) -> None:
 def cpu_devices(config: ShardingConfig, rows: int, recurrent: bool) -> int:
   """How many devices the cores are split into.
 
-  XLA runs the work between matrix products on one core; with a share of the rows each, all cores have some of it: 52 ms a step became
-  39 (nanoGPT's CPU setting, 2 cores). A recurrence would read its matrices once a device and time: 510 ms became 790.
+  Each has a copy of the state. XLA runs the work between matrix products on one core; with a share of the rows each, all cores have some
+  of it: 52 ms a step became 39 (nanoGPT's CPU setting, 2 cores). A recurrence would read its matrices once a device and time: 510 ms
+  became 790.
 
   Args:
     config: an explicit mesh is left alone.
@@ -69,7 +71,17 @@ def cpu_devices(config: ShardingConfig, rows: int, recurrent: bool) -> int:
   if recurrent or (config.data, config.fsdp) != (-1, 1):
     return 1
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-  return max(n for n in range(1, cores + 1) if rows % n == 0)
+  return max(n for n in range(1, min(cores, _quota(), MOST_CPU_DEVICES) + 1) if rows % n == 0)
+
+
+def _quota(path: str = '/sys/fs/cgroup/cpu.max') -> int:
+  """Cores that a container may use, at least one: its threads may be seen on all of the machine's."""
+  try:
+    with open(path) as file:
+      most, period = file.read().split()
+    return max(1, int(most) // int(period))
+  except (OSError, ValueError):  # 'max', or no container
+    return MOST_CPU_DEVICES
 
 
 def make_mesh(config: ShardingConfig) -> Mesh:
@@ -142,8 +154,10 @@ def make_spread(mesh: Mesh) -> Callable[[Callable[[jax.Array], jax.Array]], Call
 
 
 def one_copy(params: Any) -> Any:
-  """Parameters that are whole on every device, on one of them; others as they lie."""
-  return jax.tree.map(lambda x: x.addressable_data(0) if x.is_fully_replicated else x, params)
+  """Parameters that are all whole on every device, on one of them; else as they lie: one program takes no arrays of several places."""
+  if not all(x.is_fully_replicated for x in jax.tree.leaves(params)):
+    return params
+  return jax.tree.map(lambda x: x.addressable_data(0), params)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -40,7 +40,8 @@ class Watch:
     Args:
       done: the step.
       sums: its numbers.
-      train_state: of that step or a later one; its parameters are those of the step as long as none was applied since.
+      train_state: of that step or a later one; its parameters are those of the step as long as none was applied since: with
+        `training.steps_per_dispatch` some may have been, and `tools.replay` tells more than the diagnosis here.
 
     Raises:
       Diverged: too many steps in a row were skipped.

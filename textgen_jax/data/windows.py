@@ -148,7 +148,7 @@ class ContiguousStreams:
 def share_out(rows: int, weights: Sequence[float]) -> list[int]:
   """`rows` in whole numbers by weight, at least one each; the largest remainders are rounded up."""
   if rows < len(weights):
-    raise errors.UserError(f'training.batch_size={rows} is less than the {len(weights)} corpora of data.mixture, which need a stream each')
+    raise errors.UserError(f'training.batch_size={rows} is less than the {len(weights)} corpora of data.mixture, which need a row each')
   shares = [1] * len(weights)
   for _ in range(rows - len(weights)):
     lacking = [rows * weight - share for weight, share in zip(weights, shares, strict=True)]

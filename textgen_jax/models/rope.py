@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-CONSTANT_TOKENS = 8192  # of known positions up to here the angles are part of the program, 8 MB of it at 128 a head
+CONSTANT_TOKENS = 8192  # of known positions up to here the angles are part of the program, 4 MB of it at 128 a head
 
 
 class Rotation(NamedTuple):
@@ -32,7 +32,6 @@ def rotation(position_BT: jax.Array | np.ndarray, head_dim: int, theta: float) -
   frequency_K = theta ** (-xp.arange(half, dtype=np.float32) / half)
   angle_BTK = position_BT[:, :, None].astype(np.float32) * frequency_K
   return Rotation(xp.cos(angle_BTK), xp.sin(angle_BTK))
-
 
 
 def rotate(x_BTHK: jax.Array, by: Rotation) -> jax.Array:

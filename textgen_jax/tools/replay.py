@@ -171,7 +171,7 @@ def look_into(parts: assembly.Parts, train_state: state.TrainState, batch: Any) 
 
   def objective(params: Any, carry: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Any]:
     terms = step.loss_terms(parts.model, parts.hook, params, carry, batch, key)
-    return terms.loss + terms.extra, (terms.nll_BT, terms.weight)
+    return terms.objective, (terms.nll_BT, terms.weight)
 
   examine = jax.jit(jax.value_and_grad(objective, has_aux=True))
   steps = parts.experiment.training.accumulation_steps

@@ -3,7 +3,8 @@
   python -m textgen_jax.tools.sweep --config=configs/shakespeare_char.py --output=runs/sweep --seeds=3
       --grid=optimizer.peak_lr=1e-3,3e-3,6e-3 --grid=model.dropout=0.0,0.1 [--config.training.num_steps=300 ...]
 
-Seed s trains as `train.py --config.seed=s` does, and is scored by its last step's parameters on the whole val split; never on test.
+Seed s trains as `train.py --config.seed=s` does, up to rounding, and is scored by its last step's parameters on the whole val split;
+never on test.
 Seeds count from the configuration's own. With training.eval_every_steps there is a curve too, on the beginning of val where
 training.eval_max_tokens says so. Seeds train side by side: as one program where the model is tiny, else a thread a CPU core. No
 checkpoints and no samples are written.

@@ -111,7 +111,7 @@ def record_from(text: str, where: str) -> Record:
 
 
 class Results:
-  """The records of a directory. Every change is on disk at once, the old file or the new one.
+  """The records of a directory. Every change replaces a whole file: a kill leaves the old one or the new one.
 
   Args:
     directory: which exists.

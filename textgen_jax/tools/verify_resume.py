@@ -37,11 +37,16 @@ from textgen_jax.training import metrics, progress
 # What train.py does, which an installed package hasn't got.
 TRAIN = """
 import sys
-from textgen_jax import command_line, compilation
+from textgen_jax import allocator
+
+allocator.keep_memory()
+from textgen_jax import command_line
 
 def main(argv):
   experiment, workdir = command_line.parse_experiment(argv)
+  from textgen_jax import compilation
   compilation.keep_compiled()
+  compilation.split_cores(experiment)
   from textgen_jax import trainer
   trainer.train(experiment, workdir)
 

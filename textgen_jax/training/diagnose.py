@@ -28,6 +28,7 @@ class Found(NamedTuple):
   outputs: Any  # of the modules up to the hidden states
   logits: Any  # of those that make logits of them
   nll: jax.Array
+  sown_loss: jax.Array  # what modules have sown as losses
   extra: jax.Array  # the hook's term
   largest: Any  # each gradient's largest magnitude, NaN or infinity where it isn't finite
   largest_without_hook: Any
@@ -63,11 +64,11 @@ def _examine(model: Any, hook: Any, orders: Any, params: Any, carry: Any, batch:
       terms = step.loss_terms(model, hook, params, carry, batch, key, ('intermediates', FLAGS))
     with nn.intercept_methods(_watcher(orders[1])):
       _, logits = model.apply({'params': params}, terms.hidden_BTD, method='unembed', mutable=[FLAGS])
-    flags = terms.sown.get(FLAGS, {}), logits.get(FLAGS, {}), _finite(terms.nll_BT), _finite(terms.extra)
-    return terms.loss + terms.extra, flags
+    flags = terms.sown.get(FLAGS, {}), logits.get(FLAGS, {}), _finite(terms.nll_BT)
+    return terms.objective, (*flags, _finite(terms.sown_loss), _finite(terms.extra))
 
   def plain(params: Any) -> jax.Array:
-    return step.loss_terms(model, step.no_hook, params, carry, batch, key).loss
+    return step.loss_terms(model, step.no_hook, params, carry, batch, key).objective
 
   grads, flags = jax.grad(watched, has_aux=True)(params)
   largest = jax.tree.map(lambda g: jnp.abs(g).max(), (grads, jax.grad(plain)(params)))
@@ -103,6 +104,8 @@ def _describe(found: Found, orders: Any, *, hooked: bool) -> str:
     causes.append(f"the first activation that is not finite is {activation}'s")
   elif not found.nll:
     causes.append('all activations are finite, and the loss of a token is not')
+  elif not found.sown_loss:
+    causes.append('all activations and losses of tokens are finite; what modules have sown as losses is not')
   elif not found.extra:
     causes.append('all activations and losses of tokens are finite; the term of the loss hook is not')
   else:

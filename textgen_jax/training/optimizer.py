@@ -40,10 +40,10 @@ class OptimizerConfig:
   schedule_steps: int = 0  # the schedule's horizon; 0: training.num_steps as first given (kept when more are asked for)
   warmup_steps: int = 100
   decay_fraction: float = 0.2  # of the horizon; the last part of wsd
-  b1: float = 0.9  # also sgd's momentum, and how far schedule_free interpolates
-  b2: float = 0.99
-  eps: float = 1e-8
-  weight_decay: float = 0.1
+  b1: float = 0.9  # also sgd's momentum, and how far schedule_free interpolates; adafactor has none
+  b2: float = 0.99  # not of sgd and adafactor
+  eps: float = 1e-8  # of adamw, and of schedule_free and muon's AdamW
+  weight_decay: float = 0.1  # adafactor has none
   clip_norm: float = 1.0  # global norm of the gradient; 0: no clip
   matrix_lr: float = 0.02  # muon's peak, for the layers' matrices; its schedule has the shape of the others'
   matrix_momentum: float = 0.95  # muon's
@@ -73,6 +73,8 @@ def check(config: OptimizerConfig) -> None:
     need('b1', config.b1 > 0, "above 0, which optimizer.kind='schedule_free' needs")
     if config.average_decay:
       raise errors.UserError(f"optimizer.average_decay={config.average_decay}: optimizer.kind='schedule_free' averages by itself")
+    for name in scales:  # they would scale what it averages out of proportion
+      need(name, getattr(config, name) == 1, "1, which optimizer.kind='schedule_free' needs")
   need('decay_fraction', 0 <= config.decay_fraction <= 1, 'in [0, 1]')
   for name in ('warmup_steps', 'schedule_steps'):
     need(name, getattr(config, name) >= 0, 'at least 0')

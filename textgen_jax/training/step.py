@@ -61,13 +61,19 @@ class Terms(NamedTuple):
   """The loss of one micro-batch, in its parts."""
 
   loss: jax.Array  # nats, summed over tokens by weight
-  extra: jax.Array  # the hook's term, and what modules have sown as losses
+  extra: jax.Array  # the hook's term
+  sown_loss: jax.Array  # what modules have sown as losses, by weight
   weight: jax.Array
   metrics: Sums  # the hook's
   nll_BT: jax.Array  # nats
   hidden_BTD: jax.Array
   carry: Any
   sown: Any
+
+  @property
+  def objective(self) -> jax.Array:
+    """What is differentiated."""
+    return self.loss + self.extra + self.sown_loss
 
 
 def loss_terms(
@@ -100,8 +106,10 @@ def loss_terms(
   inputs = LossInputs(params, batch, hidden_BTD, unembed, nll_BT, sown.get('intermediates', {}), hook_key)
   extra, metrics = hook(inputs)
   check_hook(extra, metrics)
-  extra += sum((sown_BT * batch.weights_BT).sum() for sown_BT in jax.tree.leaves(sown.get(LOSSES, {})))
-  return Terms(loss, extra, weight, metrics, nll_BT, hidden_BTD, carry, sown)
+  sown_loss = jnp.zeros(())
+  for sown_BT in jax.tree.leaves(sown.get(LOSSES, {})):
+    sown_loss += (sown_BT * batch.weights_BT).sum()
+  return Terms(loss, extra, sown_loss, weight, metrics, nll_BT, hidden_BTD, carry, sown)
 
 
 def each_micro_batch(accumulation_steps: int, batch: Any, carry: Any, key: jax.Array) -> list[tuple[Any, Any, jax.Array]]:
@@ -140,7 +148,7 @@ def make_train_step(
 
   def loss_sum(params: Any, carry: Any, batch: windows.Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Sums]]:
     terms = loss_terms(model, hook, params, carry, batch, key, row_ways=row_ways)
-    objective = terms.loss + terms.extra
+    objective = terms.objective
     return objective, (terms.carry, {**terms.metrics, 'loss': (terms.loss, terms.weight), 'objective': (objective, terms.weight)})
 
   grad_fn = jax.grad(loss_sum, has_aux=True)
