@@ -62,6 +62,7 @@ class MLP(nn.Module):
   dtype: str
   kernel_init: layers.Initializer
   output_init: layers.Initializer
+  constrain: base.Constrain = base.unconstrained
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -75,6 +76,7 @@ class MLP(nn.Module):
       x_BTF = jnp.square(nn.relu(x_BTF))
     else:
       x_BTF = nn.silu(up(name='gate')(x_BTD)) * x_BTF
+    x_BTF = self.constrain(x_BTF, (axes.BATCH, axes.TIME, axes.MLP))
     return layers.Dense(c.dim, (axes.MLP, axes.EMBED), self.output_init, c.bias, self.dtype, name='down')(x_BTF)
 
 
@@ -94,7 +96,7 @@ class Block(nn.Module):
     attend = self.attention_class(c, self.dtype, kernel_init, output_init, self.constrain, name='attention')
     y_BTD, cache = attend(norm('attention_norm', c, self.dtype)(x_BTD), frame, cache, deterministic)
     x_BTD = self.constrain(x_BTD + drop(y_BTD), layers.RESIDUAL)
-    y_BTD = MLP(c, self.dtype, kernel_init, output_init, name='mlp')(norm('mlp_norm', c, self.dtype)(x_BTD))
+    y_BTD = MLP(c, self.dtype, kernel_init, output_init, self.constrain, name='mlp')(norm('mlp_norm', c, self.dtype)(x_BTD))
     return self.constrain(x_BTD + drop(y_BTD), layers.RESIDUAL), cache
 
 
