@@ -272,7 +272,7 @@ def byte_tokenizer() -> Any:
 def own_step(model: Any, work: Workload) -> tuple[Any, Any]:
   """A function that makes a fresh state, and the training step."""
   places = sharding.ShardingConfig(data=1)
-  mesh = jax.make_mesh((1, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
+  mesh = jax.make_mesh((1, 1, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
   tx, schedule = optimizer.build(work.optimizer), optimizer.make_schedule(work.optimizer)
   fresh, _, _ = state.create(model, tx, 0, work.rows if work.carries else 0, places, mesh)
   return fresh, step.make_train_step(model, tx, schedule, 1)

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -17,16 +18,17 @@ SCRIPT = pathlib.Path(__file__).parent / 'train_on_devices.py'
 
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
-  """What the script prints on 1, 2 and 4 devices, and the metrics of the run that they hand on."""
+  """What the script prints on 1, 2, 4 and 8 devices, and the metrics of the run that they hand on."""
   directory = tmp_path_factory.mktemp('devices')
   text = directory / 'text.txt'
   text.write_text('She sells sea shells by the sea shore. ' * 60)
   environment = {**os.environ, 'TEXTGEN_JAX_CACHE': str(directory / 'cache'), 'JAX_PLATFORMS': 'cpu'}
   results = {}
-  for num_devices in (1, 2, 4):
+  for num_devices in (1, 2, 4, 8):
     command = [sys.executable, str(SCRIPT), str(num_devices), str(text), str(directory / 'run')]
     process = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert process.returncode == 0, process.stderr[-3000:]
+    assert 'full rematerialization' not in process.stderr
     results[num_devices] = json.loads(process.stdout.splitlines()[-1])
   results['run'] = [json.loads(line) for line in (directory / 'run' / 'metrics.jsonl').read_text().splitlines()]
   return results
@@ -58,6 +60,26 @@ def test_matrices_are_made_orthogonal_on_all_devices_alike(num_devices, found):
   losses = found[1]['muon']['losses']
   assert losses != found[1]['transformer 1x1']['losses']
   np.testing.assert_allclose(found[num_devices]['muon']['losses'], losses, rtol=1e-4)  # six turns of products magnify rounding
+
+
+@pytest.mark.parametrize('kind', ['transformer', 'lstm'])
+@pytest.mark.parametrize('mesh', ['8x1x1', '2x4x1', '2x2x2', '1x1x8'])
+def test_eight_devices_in_every_way(kind, mesh, found):
+  result = found[8][f'wide {kind} {mesh}']
+  np.testing.assert_allclose(result['losses'], found[1][f'wide {kind} 1x1x1']['losses'], rtol=1e-5)
+  _, fsdp, tensor = map(int, mesh.split('x'))
+  said = result['collectives']
+  assert said['all-reduce'] > 0  # gradients, or what a row's devices add up
+  assert (said['all-gather'] > 0) or fsdp == 1
+  kernels = {name: parts for name, parts in splits(result['places'], 'params/').items() if name.endswith('kernel')}
+  assert {math.prod(parts) for parts in kernels.values()} == {fsdp * tensor if kind == 'transformer' else fsdp}
+  tables = splits(result['places'], 'params/embed')
+  assert {tuple(parts) for parts in tables.values()} == {(tensor, fsdp)}
+
+
+@pytest.mark.parametrize('kind', ['transformer', 'lstm'])
+def test_one_device_has_nobody_to_talk_to(kind, found):
+  assert set(found[1][f'wide {kind} 1x1x1']['collectives'].values()) == {0}
 
 
 def test_accumulation_on_a_mesh(found):
@@ -126,7 +148,9 @@ def test_what_does_not_fit_the_devices(found):
   assert on_four['micro-batch'].startswith("training.batch_size=8 / training.accumulation_steps=4 isn't divisible by the 4 devices")
   assert on_four['param'].startswith('parameter embed/embedding has an axis of 18, which 4 devices along')
   for num_devices in (1, 2, 4):
-    assert found[num_devices]['errors']['sizes'] == f'sharding.data=3 x sharding.fsdp=1 is not the number of devices, {num_devices}'
+    told = f'sharding.data=3 x sharding.fsdp=1 x sharding.tensor=1 is not the number of devices, {num_devices}'
+    assert found[num_devices]['errors']['sizes'] == told
+    assert found[num_devices]['errors']['rest'] == f"{num_devices} devices aren't divisible by sharding sizes data=-1, fsdp=3, tensor=1"
 
 
 @pytest.mark.parametrize(
@@ -134,13 +158,15 @@ def test_what_does_not_fit_the_devices(found):
   [
     ({'data': 0}, r'sharding\.data=0 is neither -1 nor at least 1'),
     ({'fsdp': -2}, r'sharding\.fsdp=-2 is neither -1 nor at least 1'),
-    ({'data': -1, 'fsdp': -1}, 'only one of them'),
+    ({'data': -1, 'fsdp': -1}, 'sharding.data=-1 and sharding.fsdp=-1: only one of them'),
+    ({'data': 2, 'fsdp': -1, 'tensor': -1}, 'sharding.fsdp=-1 and sharding.tensor=-1: only one of them'),
+    ({'tensor': 0}, r'sharding\.tensor=0 is neither -1 nor at least 1'),
     ({'rules': {}}, r"sharding\.rules\['batch'\] names '\(missing\)'"),
     *[
       ({'rules': {k: v for k, v in sharding.ShardingConfig().rules.items() if k != name}}, rf"sharding\.rules\['{name}'\]")
       for name in axes.ALL
     ],
-    ({'rules': sharding.ShardingConfig().rules | {'mlp': ['tensor']}}, r"rules\['mlp'\] names 'tensor'.*data, fsdp"),
+    ({'rules': sharding.ShardingConfig().rules | {'mlp': ['model']}}, r"rules\['mlp'\] names 'model'.*data, fsdp, tensor"),
   ],
 )
 def test_check(changes, message):

@@ -20,19 +20,23 @@ from textgen_jax import experiment as experiment_lib
 from textgen_jax.data import corpora, tokens
 from textgen_jax.models import attention_kernels, lstm, transformer
 from textgen_jax.text import base
-from textgen_jax.training import evaluate, losses, optimizer, step
+from textgen_jax.training import checkpoints, evaluate, losses, optimizer, step
 
 NUM_STEPS = 20
+COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+WIDE_MESHES = {1: [(1, 1, 1)], 8: [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]}
 # Tensor parallel: what lies between the residual stream's two ends is split, and the vocabulary.
 TENSOR_RULES = sharding.ShardingConfig().rules | {name: ['fsdp'] for name in ('vocab', 'heads', 'mlp', 'gates')} | {'embed': []}
 
 
-def make(kind, text, batch_size=8, optimizer_kind='adamw', dim=16, data=-1, fsdp=1, rules=None, num_steps=NUM_STEPS, **training):
+def make(
+  kind, text, batch_size=8, optimizer_kind='adamw', dim=16, heads=2, data=-1, fsdp=1, tensor=1, rules=None, num_steps=NUM_STEPS, **training
+):
   model = {
-    'transformer': transformer.TransformerConfig(dim=dim, num_layers=1, num_heads=2, vocab_multiple=4),
-    'lstm': lstm.LSTMConfig(dim=dim, num_layers=1, vocab_multiple=4),
+    'transformer': transformer.TransformerConfig(dim=dim, num_layers=1, num_heads=heads, vocab_multiple=8),
+    'lstm': lstm.LSTMConfig(dim=dim, num_layers=1, vocab_multiple=8),
   }[kind]
-  places = sharding.ShardingConfig(data=data, fsdp=fsdp)
+  places = sharding.ShardingConfig(data=data, fsdp=fsdp, tensor=tensor)
   return experiment_lib.Experiment(
     data=corpora.DataConfig(path=str(text)),
     tokenizer=base.TokenizerConfig(kind='char'),
@@ -64,6 +68,16 @@ def losses_and_places(experiment):
     found += [step.means(one)['loss'] for one in step.each(sums, len(span))]
   places = {name: [leaf.shape, leaf.addressable_shards[0].data.shape] for name, leaf in trees.named_leaves(state)}
   return {'losses': found, 'places': places}
+
+
+def wide(kind, text, sizes):
+  """A model that eight devices divide along every axis, and what its devices say to each other."""
+  data, fsdp, tensor = sizes
+  experiment = make(kind, text, dim=32, heads=8, data=data, fsdp=fsdp, tensor=tensor)
+  parts = assemble(experiment)
+  program = parts.step.lower(checkpoints.with_shardings(parts.abstract, parts.shardings), *parts.inputs([0])).compile().as_text()
+  said = {name: program.count(f' {name}(') + program.count(f' {name}-start(') for name in COLLECTIVES}
+  return losses_and_places(experiment) | {'collectives': said}
 
 
 def scores(experiment):
@@ -100,8 +114,10 @@ def split_rows():
   k_BGSK, v_BGSK = rng.normal(size=(2, 4, 1, 128, 8)).astype(np.float32)
   sight = attention_kernels.Sight(128, rng.integers(3, size=(4, 128), dtype=np.int32))
   attend = functools.partial(attention_kernels.splash, interpret=True)
-  found = {'ways': constrain.row_ways}
-  for name, function in {'split': constrain.split_rows(attend), 'whole': attend}.items():
+  found = {'ways': constrain.ways('batch')}
+  queries, keys = ('batch', None, 'heads'), ('batch', 'heads')
+  split = constrain.split(attend, (queries, keys, keys, ('batch',)), queries)
+  for name, function in {'split': split, 'whole': attend}.items():
     grads = jax.jit(jax.grad(lambda *a, f=function: (f(*a, sight) ** 2).sum(), argnums=(0, 1, 2)))(q_BTHK, k_BGSK, v_BGSK)
     found[name] = [np.asarray(x)[:, ::7].ravel()[::31].tolist() for x in grads]
   return found
@@ -118,8 +134,14 @@ def complaint(experiment):
 def main(num_devices, text, workdir):
   jax.config.update('jax_num_cpu_devices', num_devices)
   jax.config.update('jax_disable_most_optimizations', True)
-  meshes = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(4, 1), (1, 4), (2, 2)]}[num_devices]
   found = {}
+  for sizes in WIDE_MESHES.get(num_devices, []):
+    for kind in ('transformer', 'lstm'):
+      found[f'wide {kind} {"x".join(map(str, sizes))}'] = wide(kind, text, sizes)
+  if num_devices == 8:
+    print(json.dumps(found))
+    return
+  meshes = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(4, 1), (1, 4), (2, 2)]}[num_devices]
   for kind in ('transformer', 'lstm'):
     for data, fsdp in meshes:
       found[f'{kind} {data}x{fsdp}'] = losses_and_places(make(kind, text, data=data, fsdp=fsdp))
@@ -139,6 +161,7 @@ def main(num_devices, text, workdir):
     'batch': complaint(make('lstm', text, batch_size=6)),
     'micro-batch': complaint(make('lstm', text, batch_size=8, accumulation_steps=4)),
     'param': complaint(make('lstm', text, dim=18, fsdp=num_devices)),
+    'rest': complaint(make('lstm', text, data=-1, fsdp=3)),
     'sizes': complaint(make('lstm', text, data=3)),
   }
   # One run that goes on where a process with another number of devices left it, and writes a sample at its end.

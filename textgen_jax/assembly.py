@@ -79,8 +79,10 @@ class Parts:
     self._check_tokenizer()
     self.end_of_text = prepared.tokenizer.special_ids['end_of_text'] if c.mask_documents else None
     how = (prepared.splits['train'], e.seed, c.batch_size, c.sequence_length, self.end_of_text)
-    kinds = {'random': windows.RandomWindows, 'shuffled': windows.ShuffledWindows}
-    self.windows = windows.ContiguousStreams(*how, c.reset_probability) if c.windows == 'contiguous' else kinds[c.windows](*how)
+    if c.windows == 'contiguous':
+      self.windows: windows.Reader = windows.ContiguousStreams(*how, c.reset_probability)
+    else:
+      self.windows = windows.RandomWindows(*how) if c.windows == 'random' else windows.ShuffledWindows(*how)
     is_reply = prepared.splits['train'].is_reply
     if is_reply is not None and is_reply[1:].all():
       raise errors.UserError(f'data.loss_on_replies=True: {prepared.description["corpus"]} marks nothing as what is answered')

@@ -71,7 +71,7 @@ MAY_CHANGE = frozenset(
   + [f'training.{name}' for name in ('eval_batch_size', 'sample_prompt', 'sample_temperatures', 'sample_tokens')]
   + ['training.steps_per_dispatch']
   + [f'training.{name}' for name in ('max_skipped_steps', 'spike_policy', 'spike_deviations', 'rollback_steps')]
-  + ['sharding.data', 'sharding.fsdp', 'sharding.cpu_devices', 'sharding.rules', 'model.attention_kernel']
+  + ['sharding.data', 'sharding.fsdp', 'sharding.tensor', 'sharding.cpu_devices', 'sharding.rules', 'model.attention_kernel']
 )
 
 

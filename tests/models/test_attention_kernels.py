@@ -258,6 +258,9 @@ class Mesh:
   def __init__(self, row_ways):
     self.row_ways = row_ways
 
+  def ways(self, name):
+    return self.row_ways if name == 'batch' else 1
+
 
 @pytest.mark.parametrize(
   ('where', 'shapes', 'sight', 'changes', 'expected'),
@@ -307,7 +310,7 @@ def test_auto(where, shapes, sight, changes, expected, monkeypatch):
     ('cudnn', GPU, {'dim': 36 * 4}, 1024, False, 'head dim must be .* multiple of 8, but got 36'),
     ('cudnn', GPU, {'compute_dtype': 'float32'}, 1024, False, 'must be fp16/bf16'),
     ('splash', TPU, {}, 1000, False, "a row's 1000 tokens aren't a multiple of 128"),
-    ('splash', ('tpu', None, 4), {}, 1024, False, 'rows that are split evenly over a mesh'),
+    ('splash', ('tpu', None, 4), {}, 1024, False, 'rows and groups of heads that are split evenly over a mesh'),
   ],
 )
 def test_what_a_named_kernel_cannot_train(kernel, where, changes, length, segmented, message, monkeypatch):

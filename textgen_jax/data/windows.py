@@ -156,6 +156,9 @@ def share_out(rows: int, weights: Sequence[float]) -> list[int]:
   return shares
 
 
+Reader = RandomWindows | ShuffledWindows | ContiguousStreams
+
+
 class EvaluationRows:
   """The text cut into rows that depend on nothing but it: every token except the first is a target exactly once.
 

@@ -46,7 +46,7 @@ class Attention(nn.Module):
 
     def project(name: str, heads: int) -> jax.Array:
       y = layers.Dense(heads * head_dim, (axes.EMBED, axes.HEADS), self.kernel_init, c.bias, self.dtype, name=name)(x_BTD)
-      return y.reshape(batch, time, heads, head_dim)
+      return self.constrain(y.reshape(batch, time, heads, head_dim), (axes.BATCH, axes.TIME, axes.HEADS, None))
 
     q_BTHK, k_BTGK, v_BTGK = project('query', c.num_heads), project('key', groups), project('value', groups)
     if c.qk_norm:

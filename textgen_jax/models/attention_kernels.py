@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from textgen_jax import axes
 from textgen_jax.models import base, layers
 
 # What `model.attention_kernel` may be. auto: cudnn on an NVIDIA GPU, splash on a TPU and causal on a CPU, where they can; else plain.
@@ -67,9 +68,9 @@ def obstacle(kernel: str, q_BTHK: Any, k_BGSK: Any, sight: Sight, constrain: bas
     return f'it drops no attention weights, and model.dropout is {dropout}'
   if kernel == 'causal':  # XLA's own operations: they lie as their arrays do
     return 'it masks neither documents nor a window' if sight.segment_BT is not None or sight.window < q_BTHK.shape[1] else ''
-  row_ways = getattr(constrain, 'row_ways', 1 if jax.device_count() == 1 else 0)
-  if not row_ways or q_BTHK.shape[0] % row_ways:
-    return 'on several devices it needs rows that are split evenly over a mesh'
+  ways = getattr(constrain, 'ways', (lambda name: 1) if jax.device_count() == 1 else None)
+  if ways is None or q_BTHK.shape[0] % ways(axes.BATCH) or k_BGSK.shape[1] % ways(axes.HEADS):
+    return 'on several devices it needs rows and groups of heads that are split evenly over a mesh'
   return _cudnn_obstacle(q_BTHK, k_BGSK, sight) if kernel == 'cudnn' else _splash_obstacle(q_BTHK)
 
 
@@ -99,10 +100,13 @@ def _splash_obstacle(q_BTHK: Any) -> str:
 def apply(
   kernel: str, q_BTHK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, sight: Sight, constrain: base.Constrain
 ) -> jax.Array:
-  """cudnn's or splash's attention, [B, T, H, K], each device on its own rows."""
+  """cudnn's or splash's attention, [B, T, H, K], each device on its own rows and heads."""
   function = {'cudnn': cudnn, 'splash': splash}[kernel]
-  split: Callable[[Any], Any] = getattr(constrain, 'split_rows', lambda function: function)
-  return split(function)(q_BTHK, k_BGSK, v_BGSK, sight)
+  split: Callable[..., Any] | None = getattr(constrain, 'split', None)
+  if split is not None:
+    queries, keys = (axes.BATCH, None, axes.HEADS), (axes.BATCH, axes.HEADS)
+    function = split(function, (queries, keys, keys, (axes.BATCH,)), queries)
+  return function(q_BTHK, k_BGSK, v_BGSK, sight)
 
 
 def cudnn(q_BTHK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, sight: Sight) -> jax.Array:

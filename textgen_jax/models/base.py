@@ -39,7 +39,7 @@ from jax.typing import ArrayLike
 from textgen_jax import trees
 
 Cache = Any
-# What models call on activations. Over a mesh it also has `row_ways` and `split_rows` (`sharding.MeshConstrain`).
+# What models call on activations. Over a mesh it also has `ways` and `split` (`sharding.MeshConstrain`).
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
 

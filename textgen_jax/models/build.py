@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from textgen_jax import errors
+from textgen_jax import axes, errors
 from textgen_jax.models import attention, attention_kernels, base, layers, lstm, transformer
 
 ModelConfig = transformer.TransformerConfig | lstm.LSTMConfig
@@ -105,7 +105,7 @@ def check_kernel(model: Any, length: int, segmented: bool) -> None:
     return
   c = model.config
   head_dim, dtype = c.dim // c.num_heads, layers.resolve_dtype(c.compute_dtype)
-  rows = getattr(model.constrain, 'row_ways', 1)
+  rows = model.constrain.ways(axes.BATCH) if hasattr(model.constrain, 'ways') else 1
   q_BTHK = jax.ShapeDtypeStruct((rows, length, c.num_heads, head_dim), dtype)
   k_BGSK = jax.ShapeDtypeStruct((rows, c.num_kv_heads or c.num_heads, length, head_dim), dtype)
   sight = attention_kernels.Sight(model.window, jax.ShapeDtypeStruct((rows, length), 'int32') if segmented else None)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from textgen_jax import axes
+from textgen_jax.models import base
 
 Initializer = Callable[..., jax.Array]
 
@@ -74,13 +75,15 @@ class Embed(nn.Module):
   axis: str  # logical axis of the rows
   embedding_init: Initializer
   dtype: str = 'float32'
+  constrain: base.Constrain = base.unconstrained
 
   def setup(self) -> None:
     init = partitioned(self.embedding_init, self.axis, axes.EMBED)
     self.embedding = self.param('embedding', init, (self.size, self.dim))
 
   def __call__(self, ids: jax.Array) -> jax.Array:
-    return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+    # Whole along D first: looked-up rows that lie in parts XLA makes whole by copying all of them to all devices.
+    return jnp.take(self.constrain(self.embedding, (self.axis, None)), ids, axis=0).astype(self.dtype)
 
   def attend(self, x: jax.Array) -> jax.Array:
     y = x.reshape(-1, self.dim).astype(self.dtype) @ self.embedding.astype(self.dtype).T

@@ -138,7 +138,7 @@ class LSTM(nn.Module):
     c, dtype = self.config, layers.resolve_dtype(self.config.compute_dtype)
     size = layers.padded_size(self.vocab_size, c.vocab_multiple)
     # Merity et al. 2017, arXiv:1708.02182: uniform in (-0.1, 0.1).
-    self.embed = layers.Embed(size, c.dim, axes.VOCAB, symmetric_uniform(0.1), dtype)
+    self.embed = layers.Embed(size, c.dim, axes.VOCAB, symmetric_uniform(0.1), dtype, self.constrain)
     time_first = (0,) if c.dropout_mask == 'sequence' else ()
     self.input_dropout = nn.Dropout(c.input_dropout, broadcast_dims=time_first)
     self.layer = [LSTMLayer(c, dtype) for _ in range(c.num_layers)]

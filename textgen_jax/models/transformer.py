@@ -62,6 +62,7 @@ class MLP(nn.Module):
   dtype: str
   kernel_init: layers.Initializer
   output_init: layers.Initializer
+  constrain: base.Constrain = base.unconstrained
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -75,6 +76,7 @@ class MLP(nn.Module):
       x_BTF = jnp.square(nn.relu(x_BTF))
     else:
       x_BTF = nn.silu(up(name='gate')(x_BTD)) * x_BTF
+    x_BTF = self.constrain(x_BTF, (axes.BATCH, axes.TIME, axes.MLP))
     return layers.Dense(c.dim, (axes.MLP, axes.EMBED), self.output_init, c.bias, self.dtype, name='down')(x_BTF)
 
 
@@ -94,7 +96,7 @@ class Block(nn.Module):
     attend = self.attention_class(c, self.dtype, kernel_init, output_init, self.constrain, name='attention')
     y_BTD, cache = attend(norm('attention_norm', c, self.dtype)(x_BTD), frame, cache, deterministic)
     x_BTD = self.constrain(x_BTD + drop(y_BTD), layers.RESIDUAL)
-    y_BTD = MLP(c, self.dtype, kernel_init, output_init, name='mlp')(norm('mlp_norm', c, self.dtype)(x_BTD))
+    y_BTD = MLP(c, self.dtype, kernel_init, output_init, self.constrain, name='mlp')(norm('mlp_norm', c, self.dtype)(x_BTD))
     return self.constrain(x_BTD + drop(y_BTD), layers.RESIDUAL), cache
 
 
@@ -119,9 +121,9 @@ class Transformer(nn.Module):
     c, dtype = self.config, layers.resolve_dtype(self.config.compute_dtype)
     size = layers.padded_size(self.vocab_size, c.vocab_multiple)
     kernel_init, _ = inits(c)
-    self.embed = layers.Embed(size, c.dim, axes.VOCAB, nn.initializers.normal(0.02), dtype)
+    self.embed = layers.Embed(size, c.dim, axes.VOCAB, nn.initializers.normal(0.02), dtype, self.constrain)
     if c.position == 'learned':
-      self.position = layers.Embed(self.context_length, c.dim, axes.POSITION, nn.initializers.normal(0.02), dtype)
+      self.position = layers.Embed(self.context_length, c.dim, axes.POSITION, nn.initializers.normal(0.02), dtype, self.constrain)
     self.embed_dropout = nn.Dropout(c.dropout)
     block = nn.remat(Block, static_argnums=(4,)) if c.remat else Block
     self.block = [block(c, self.attention_class, dtype, self.constrain) for _ in range(c.num_layers)]

@@ -40,12 +40,11 @@ def orthogonalize(x_NDF: jax.Array) -> jax.Array:
     return x_NDF
   # Each turn multiplies by a polynomial of x @ x.T, whose next one follows from it: wide matrices are read twice, not ten times.
   square_NDD = x_NDF @ x_NDF.swapaxes(1, 2)
-  total_NDD = None
-  for i in range(TURNS):
+  total_NDD = turn_NDD = _turn(square_NDD)
+  for _ in range(TURNS - 1):
+    square_NDD = turn_NDD @ square_NDD @ turn_NDD
     turn_NDD = _turn(square_NDD)
-    total_NDD = turn_NDD if total_NDD is None else turn_NDD @ total_NDD
-    if i < TURNS - 1:
-      square_NDD = turn_NDD @ square_NDD @ turn_NDD
+    total_NDD = turn_NDD @ total_NDD
   return total_NDD @ x_NDF
 
 
