@@ -1,10 +1,11 @@
 """Where the time of a training step goes on this CPU: each operation's share, by kind; and the step's memory.
 
-  python benchmarks/breakdown.py [--setting=nanogpt_cpu ...] [--steps=10]
+  python benchmarks/breakdown.py [--setting=nanogpt_cpu] [--steps=10]
 
 Settings are those of `training_speed.py`. JAX's profiler times every operation of the compiled program, by thread; which kind an operation
 is follows from the module that it comes from. `waiting` is what is left of the threads' time: the dispatch of operations, the host's work
-between steps, devices that wait for each other's part of a sum. Profiling itself slows a step of many small operations, by about a third.
+between steps, devices that wait for each other's part of a sum. Profiling itself slows a step of many small operations, by about a
+third. On one device operations overlap, or stand within one another, and shares can add up to more than all.
 """
 
 import argparse
@@ -33,11 +34,10 @@ KINDS = (
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   settings = [name for name in training_speed.SETTINGS if name != 'lstm_layer']
-  parser.add_argument('--setting', nargs='+', default=settings[:1], choices=settings)
+  parser.add_argument('--setting', default=settings[0], choices=settings)  # one: a process's devices are fixed once it has used them
   parser.add_argument('--steps', type=int, default=10)
   args = parser.parse_args()
-  for setting in args.setting:
-    tell(setting, args.steps)
+  tell(args.setting, args.steps)
 
 
 def tell(setting: str, steps: int) -> None:

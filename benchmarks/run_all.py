@@ -22,7 +22,7 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'torc
 # Script, its arguments, and those that --quick adds.
 BENCHMARKS = (
   ('training_speed', [], ['--repeats=1']),
-  ('breakdown', ['--setting', 'nanogpt_cpu', 'nanogpt_10m', 'lstm'], ['--steps=2']),
+  *(('breakdown', [f'--setting={setting}'], ['--steps=2']) for setting in ('nanogpt_cpu', 'nanogpt_10m', 'lstm')),
   ('generate', [], ['--repeats=1']),
   ('first_step', [], ['--repeats=1']),
   ('time_to_quality', ['--text={text}'], ['--repeats=1']),
@@ -36,7 +36,8 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--text')
   parser.add_argument('--quick', action='store_true')
-  parser.add_argument('--only', nargs='+', default=[name for name, *_ in BENCHMARKS], choices=[name for name, *_ in BENCHMARKS])
+  names = list(dict.fromkeys(name for name, *_ in BENCHMARKS))
+  parser.add_argument('--only', nargs='+', default=names, choices=names)
   parser.add_argument('--output', default=f'benchmarks/results/{datetime.date.today()}-cpu-all.md')
   args = parser.parse_args()
   versions = ', '.join(f'{name} {version(name)}' for name in PACKAGES)

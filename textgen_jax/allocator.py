@@ -4,8 +4,13 @@ import ctypes
 import os
 import sys
 
-# Of glibc's malloc.h: at most so many blocks by mmap, arenas, bytes that stay at the heap's end when it shrinks, bytes more when it grows.
-_SETTINGS = {'M_MMAP_MAX': (-4, 0), 'M_ARENA_MAX': (-8, 1), 'M_TRIM_THRESHOLD': (-1, 2**31 - 1), 'M_TOP_PAD': (-2, 64 << 20)}
+# Parameters of glibc's malloc.h, and their values.
+_SETTINGS = (
+  (-4, 0),  # M_MMAP_MAX: blocks that have a mapping of their own, which goes with them
+  (-8, 1),  # M_ARENA_MAX
+  (-1, 2**31 - 1),  # M_TRIM_THRESHOLD: bytes at the heap's end that stay
+  (-2, 64 << 20),  # M_TOP_PAD: bytes more than are needed, when it grows
+)
 
 
 def keep_memory() -> None:
@@ -20,5 +25,5 @@ def keep_memory() -> None:
     return
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
   if mallopt is not None:  # musl has none
-    for parameter, value in _SETTINGS.values():
+    for parameter, value in _SETTINGS:
       mallopt(parameter, value)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -104,7 +104,11 @@ def make_mesh(config: ShardingConfig) -> Mesh:
   return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _spec(names: tuple[str | None, ...], rules: Mapping[str, list[str]]) -> PartitionSpec:
+def _devices_along(mesh: Mesh, mesh_axes: Iterable[str]) -> int:
+  return math.prod(mesh.shape[axis] for axis in mesh_axes)
+
+
+def _spec(names: tuple[str | None, ...], rules: Mapping[str, Sequence[str]]) -> PartitionSpec:
   return PartitionSpec(*(tuple(rules[name]) or None if name else None for name in names))
 
 
@@ -126,7 +130,7 @@ class MeshConstrain:
 
   def ways(self, name: str) -> int:
     """How many ways a logical axis is split."""
-    return math.prod(self.mesh.shape[axis] for axis in dict(self.rules)[name])
+    return _devices_along(self.mesh, dict(self.rules)[name])
 
   def split(
     self, function: Callable[..., Any], arguments: tuple[tuple[str | None, ...], ...], result: tuple[str | None, ...]
@@ -142,7 +146,7 @@ class MeshConstrain:
     return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=self._spec(result), check_vma=False)
 
   def _spec(self, names: tuple[str | None, ...]) -> PartitionSpec:
-    return _spec(names, {name: list(mesh_axes) for name, mesh_axes in self.rules})
+    return _spec(names, dict(self.rules))
 
 
 def make_constrain(config: ShardingConfig, mesh: Mesh) -> base.Constrain:
@@ -196,7 +200,7 @@ def stacked(sharding: NamedSharding) -> NamedSharding:
 
 def batch_divisor(config: ShardingConfig, mesh: Mesh) -> int:
   """How many ways rows are split."""
-  return math.prod(mesh.shape[axis] for axis in config.rules[axes.BATCH])
+  return _devices_along(mesh, config.rules[axes.BATCH])
 
 
 def param_shardings(abstract_boxed_params: Any, config: ShardingConfig, mesh: Mesh) -> Any:
@@ -223,7 +227,7 @@ def param_shardings(abstract_boxed_params: Any, config: ShardingConfig, mesh: Me
   shardings = nn.logical_to_mesh_sharding(specs, mesh, rules)
   for (name, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
     for size, split in zip(leaf.shape, sharding.spec, strict=False):
-      parts = math.prod(mesh.shape[axis] for axis in ([split] if isinstance(split, str) else split or ()))
+      parts = _devices_along(mesh, [split] if isinstance(split, str) else split or ())
       if size % parts:
         raise errors.UserError(f'parameter {name} has an axis of {size}, which {parts} devices along {split} do not divide')
   return shardings
