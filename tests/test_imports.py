@@ -13,7 +13,7 @@ ROOT = pathlib.Path(textgen_jax.__file__).parent
 
 # From the bottom up; a module may import from its own line and from those above it.
 ORDER = [
-  {'axes', 'errors', 'trees'},
+  {'axes', 'backend', 'errors', 'trees'},
   {'text', 'statistics'},
   {'data'},
   {'models'},
@@ -21,6 +21,7 @@ ORDER = [
   {'training', 'sampling'},
   {'experiment'},
   {'workdir', 'command_line', 'compilation', 'signals', 'allocator'},
+  {'program'},
   {'assembly', 'generator', 'interactive'},
   {'memory', 'rerun'},
   {'watch'},
@@ -28,7 +29,7 @@ ORDER = [
   {'tools'},
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
-SAMPLING_KNOWS = {'axes', 'errors', 'trees', 'text', 'models', 'sampling'}
+SAMPLING_KNOWS = {'axes', 'backend', 'errors', 'trees', 'text', 'models', 'sampling'}
 
 
 def modules():

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import math
 import pathlib
 import time
 from collections.abc import Sequence
@@ -12,15 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from textgen_jax import errors, sharding, trees, workdir
+from textgen_jax import errors, program, sharding, trees, workdir
 from textgen_jax import experiment as experiment_lib
 from textgen_jax.data import prepare, tokens, windows
-from textgen_jax.models import build
-from textgen_jax.training import checkpoints, evaluate, optimizer, state, step
+from textgen_jax.training import checkpoints, evaluate, state, step
 
 
-class Parts:
-  """What stays the same while a run trains.
+class Parts(program.Program):
+  """What stays the same while a run trains: the program, the text and the tokenizer.
 
   Args:
     experiment: what to train; it isn't changed.
@@ -36,7 +34,7 @@ class Parts:
     for path in (directory, *directory.parents) if directory else ():
       if path.exists() and not path.is_dir():
         raise errors.UserError(f'workdir={str(directory)!r}: {path} is a file')
-    self.directory, self.hook = directory, hook
+    self.directory = directory
     # The step to go on from and what it says of itself; None: a fresh start.
     newest = workdir.newest(directory) if directory else None
     self.stored_step = None if newest is None else newest[0]
@@ -45,32 +43,10 @@ class Parts:
     if self.stored is not None:
       stored, self.stored_fingerprint = workdir.described(self.stored, f'{directory}/checkpoints/{self.stored_step}')
     self.experiment, self.changes = reconcile(experiment, stored, directory)
-    e, c = self.experiment, self.experiment.training
-    self.mesh = sharding.make_mesh(e.sharding)
-    self.row_ways = sharding.batch_divisor(e.sharding, self.mesh)
-    if c.batch_size // c.accumulation_steps % self.row_ways:
-      parts = f' / training.accumulation_steps={c.accumulation_steps}' if c.accumulation_steps > 1 else ''
-      raise errors.UserError(
-        f"training.batch_size={c.batch_size}{parts} isn't divisible by the {self.row_ways} devices that rows are split over"
-      )
+    mesh = sharding.make_mesh(self.experiment.sharding)
+    program.check_rows(self.experiment, mesh)  # before the text is read, which may take long
     self._read_text()
-    vocab_size = self.tokenizer.vocab_size
-    self.model = build.build(e.model, vocab_size, c.sequence_length, sharding.make_constrain(e.sharding, self.mesh))
-    build.check_kernel(self.model, c.sequence_length, c.mask_documents)
-    # Samples and scores come in batches that the devices may not divide: XLA spreads them as the params lie.
-    self.free_model = build.build(e.model, vocab_size, c.sequence_length)
-    self.tx, average = optimizer.build(e.optimizer, sharding.make_spread(self.mesh)), optimizer.make_average(e.optimizer)
-    carry_rows = c.batch_size if c.windows == 'contiguous' else 0
-    how = (e.seed, carry_rows, e.sharding, self.mesh, average is not None)
-    self.init, self.abstract, self.shardings = state.create(self.model, self.tx, *how)
-    deviations = math.inf if c.spike_policy == 'none' else c.spike_deviations
-    schedule = optimizer.make_schedule(e.optimizer)
-    self.train_step = step.make_train_step(
-      self.model, self.tx, schedule, c.accumulation_steps, hook, deviations, average, self.row_ways
-    )
-    dispatch = self.train_step if c.steps_per_dispatch == 1 else step.make_dispatch(self.train_step, c.steps_per_dispatch)
-    self.step = jax.jit(dispatch, donate_argnums=0, out_shardings=(self.shardings, None))
-    self.batch_sharding = sharding.batch_sharding(e.sharding, self.mesh)
+    super().__init__(self.experiment, self.tokenizer.vocab_size, mesh, hook)
 
   def _read_text(self) -> None:
     e, c = self.experiment, self.experiment.training

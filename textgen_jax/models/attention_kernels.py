@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from textgen_jax import axes
+from textgen_jax import axes, backend
 from textgen_jax.models import base, layers
 
 # What `model.attention_kernel` may be. auto: cudnn on an NVIDIA GPU, splash on a TPU and causal on a CPU, where they can; else plain.
@@ -42,7 +42,7 @@ class Sight:
 def choose(kernel: str, q_BTHK: Any, k_BGSK: Any, sight: Sight | None, constrain: base.Constrain, *, dropout: float, changed: bool) -> str:
   """The kernel of one call: the one that is asked for or, where that can't do it, plain. Arrays may be abstract."""
   if kernel == 'auto':
-    kernel = OF_BACKEND.get(jax.default_backend(), 'plain')
+    kernel = OF_BACKEND.get(backend.name(), 'plain')
   if sight is None or kernel == 'plain':
     return 'plain'
   return 'plain' if obstacle(kernel, q_BTHK, k_BGSK, sight, constrain, dropout=dropout, changed=changed) else kernel
@@ -68,15 +68,17 @@ def obstacle(kernel: str, q_BTHK: Any, k_BGSK: Any, sight: Sight, constrain: bas
     return f'it drops no attention weights, and model.dropout is {dropout}'
   if kernel == 'causal':  # XLA's own operations: they lie as their arrays do
     return 'it masks neither documents nor a window' if sight.segment_BT is not None or sight.window < q_BTHK.shape[1] else ''
-  ways = getattr(constrain, 'ways', (lambda name: 1) if jax.device_count() == 1 else None)
+  ways = getattr(constrain, 'ways', (lambda name: 1) if jax.device_count() == 1 and backend.is_here() else None)
   if ways is None or q_BTHK.shape[0] % ways(axes.BATCH) or k_BGSK.shape[1] % ways(axes.HEADS):
     return 'on several devices it needs rows and groups of heads that are split evenly over a mesh'
   return _cudnn_obstacle(q_BTHK, k_BGSK, sight) if kernel == 'cudnn' else _splash_obstacle(q_BTHK)
 
 
 def _cudnn_obstacle(q_BTHK: Any, k_BGSK: Any, sight: Sight) -> str:
-  if jax.default_backend() != 'gpu':
-    return f'it needs an NVIDIA GPU, and JAX runs on {jax.default_backend()}'
+  if backend.name() != 'gpu':
+    return f'it needs an NVIDIA GPU, and JAX runs on {backend.name()}'
+  if not backend.is_here():
+    return 'it can only be compiled where the GPU is'
   device = jax.local_devices()[0]
   if 'cuda' not in device.client.platform_version or float(device.compute_capability) < 8:
     return f'it needs an NVIDIA GPU of compute capability 8.0 or more, and this is {device.device_kind}'
@@ -90,8 +92,8 @@ def _cudnn_obstacle(q_BTHK: Any, k_BGSK: Any, sight: Sight) -> str:
 
 
 def _splash_obstacle(q_BTHK: Any) -> str:
-  if jax.default_backend() != 'tpu':
-    return f'it needs a TPU, and JAX runs on {jax.default_backend()}'
+  if backend.name() != 'tpu':
+    return f'it needs a TPU, and JAX runs on {backend.name()}'
   if q_BTHK.shape[1] % LANES:
     return f"a row's {q_BTHK.shape[1]} tokens aren't a multiple of {LANES}"
   return ''

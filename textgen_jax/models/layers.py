@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from textgen_jax import axes
+from textgen_jax import axes, backend
 from textgen_jax.models import base
 
 Initializer = Callable[..., jax.Array]
@@ -129,4 +129,4 @@ def resolve_dtype(name: str) -> str:
   """'auto' is bfloat16 where the hardware has it, float32 on CPU, where bfloat16 was the slower one."""
   if name != 'auto':
     return name
-  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  return 'float32' if backend.name() == 'cpu' else 'bfloat16'

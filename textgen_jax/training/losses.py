@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from textgen_jax import backend
+
 # Logits in float32 that one device holds at once; more of them are made and used a chunk of tokens at a time. On CPU chunks of 8 to
 # 128 MiB took the same time. On accelerators they must be long: each adds to the gradient of the output layer once, and on an
 # H100, by its data sheet, that takes as long as 240 tokens' products.
@@ -75,7 +77,7 @@ def weighted_nll(
 def num_chunks(unembed: Unembed, hidden_BTD: jax.Array, row_ways: int = 1) -> int:
   """In how many chunks of equal length, along T, the logits are few enough. Rows stay whole, and where they are."""
   rows, time, vocab = jax.eval_shape(unembed, hidden_BTD).shape
-  most_bytes = MOST_LOGITS_BYTES_ON_CPU if jax.default_backend() == 'cpu' else MOST_LOGITS_BYTES
+  most_bytes = MOST_LOGITS_BYTES_ON_CPU if backend.name() == 'cpu' else MOST_LOGITS_BYTES
   return math.ceil(time / max(1, most_bytes // (4 * math.ceil(rows / row_ways) * vocab)))
 
 
