@@ -4,6 +4,9 @@
 
 Any field of the configuration can be set by its path. --help with a --config lists
 that configuration's fields and values. Ctrl-C saves and leaves; the same command goes on.
+
+Several machines: start it on each, with the same --workdir, which all see. SLURM, Kubernetes, Open MPI and Cloud TPU
+tell it who it is; by hand --coordinator=HOST:PORT --num_processes=N --process_id=I do (docs/scale.md).
 """
 
 import sys
@@ -19,7 +22,12 @@ from textgen_jax import command_line
 
 
 def main(argv: Sequence[str]) -> int:
-  return command_line.run(_main, argv)
+  code = command_line.run(_main, argv)
+  if 'jax' in sys.modules:
+    from textgen_jax import launch
+
+    launch.leave(code, f'exit code {code}')  # where there are others
+  return code
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -27,14 +35,18 @@ def _main(argv: Sequence[str]) -> None:
   if command_line.wants_help(argv):
     print(f'{__doc__}\n{command_line.experiment_help(argv)}')
     return
-  experiment, workdir = command_line.parse_experiment(argv)
+  experiment, workdir, given = command_line.parse_training(argv)
   from textgen_jax import experiment as experiment_lib
 
   experiment_lib.check(experiment)
-  from textgen_jax import compilation, trainer
+  from textgen_jax import compilation, launch, trainer
 
+  launched = launch.Launch(**given)
+  launched.check()
   compilation.keep_compiled()
-  compilation.split_cores(experiment)
+  compilation.split_cores(experiment, launched.several)
+  launch.join(launched)
+  signals.before_leaving(launch.announce)
   trainer.train(experiment, workdir)
 
 

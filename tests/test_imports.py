@@ -13,14 +13,14 @@ ROOT = pathlib.Path(textgen_jax.__file__).parent
 
 # From the bottom up; a module may import from its own line and from those above it.
 ORDER = [
-  {'axes', 'backend', 'errors', 'trees'},
+  {'axes', 'backend', 'errors', 'processes', 'trees'},
   {'text', 'statistics'},
   {'data'},
   {'models'},
   {'sharding'},
   {'training', 'sampling'},
   {'experiment'},
-  {'workdir', 'command_line', 'compilation', 'signals', 'allocator'},
+  {'workdir', 'command_line', 'compilation', 'signals', 'allocator', 'launch'},
   {'program'},
   {'assembly', 'generator', 'interactive'},
   {'memory', 'rerun'},

@@ -47,6 +47,7 @@ class Parts(program.Program):
     program.check_rows(self.experiment, mesh)  # before the text is read, which may take long
     self._read_text()
     super().__init__(self.experiment, self.tokenizer.vocab_size, mesh, hook)
+    self.rows = sharding.own_rows(self.batch_sharding, self.experiment.training.batch_size)  # of each batch, that are read here
 
   def _read_text(self) -> None:
     e, c = self.experiment, self.experiment.training
@@ -121,11 +122,11 @@ class Parts(program.Program):
     wrong = [f'{n} {theirs.get(n)} -> {ours.get(n)}' for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)]
     if wrong:
       raise errors.UserError(f'init_from={source!r} has other parameters: {"; ".join(wrong[:5])}')
-    return jax.device_put(other.params, self.shardings.params)
+    return sharding.place(other.params, self.shardings.params)
 
   def batch(self, index: int) -> Any:
     """The batch at place `index` of the data, on the devices: the step's number from 0, and the state's `data_offset`."""
-    return self.put(self.windows.batch(index))
+    return self._put_rows(self.windows.batch(index, self.rows), self.batch_sharding)
 
   def inputs(self, places: Sequence[int]) -> tuple[Any, ...]:
     """What `step` takes beside the state, on the devices, to train on the batches at `places`: at most `steps_per_dispatch` of them."""
@@ -133,13 +134,18 @@ class Parts(program.Program):
     if most == 1:
       (place,) = places
       return (self.batch(place),)
-    batches = [self.windows.batch(place) for place in places]
+    batches = [self.windows.batch(place, self.rows) for place in places]
     batches += batches[-1:] * (most - len(batches))
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
-    return jax.device_put((stacked, np.int32(len(places))), (sharding.stacked(self.batch_sharding), sharding.replicated(self.mesh)))
+    count = sharding.place(np.int32(len(places)), sharding.replicated(self.mesh))
+    return self._put_rows(stacked, sharding.stacked(self.batch_sharding), axis=1), count
+
+  def _put_rows(self, batch: Any, where: Any, axis: int = 0) -> Any:
+    return sharding.place_rows(batch, where, self.experiment.training.batch_size, self.rows.start, axis)
 
   def put(self, batch: Any) -> Any:
-    return jax.device_put(batch, self.batch_sharding)
+    """Rows that this process has all of, on the devices."""
+    return sharding.place(batch, self.batch_sharding)
 
   def score(self, params: Any, split: tokens.Split) -> evaluate.Score:
     """The score of the val split, or of its beginning."""

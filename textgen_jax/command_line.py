@@ -28,6 +28,14 @@ MAX_LINE = 300  # characters of what is told of a mistake
 NAMES_NOTHING = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 # Objects between two collections. Imports and traces make a million that stay: at Python's own 700, 0.3 s of a start's 2.8 went there.
 GC_THRESHOLD = 10_000
+# How the processes of a run find each other: the fields of launch.Launch.
+LAUNCH_FLAGS = {
+  'coordinator': 'HOST:PORT of process 0, where a run has several processes and no launcher tells',
+  'num_processes': 'how many the run has',
+  'process_id': 'which this one is, from 0',
+  'join_timeout_s': 'seconds for all processes to come, 300 unless given; then exit code 5',
+  'hang_timeout_s': 'seconds without a finished step, evaluation batch or save, 900 unless given; then exit code 5',
+}
 
 
 def run(
@@ -164,15 +172,29 @@ def named_config(argv: Sequence[str]) -> str | None:
   return None
 
 
-def parse_experiment(argv: Sequence[str]) -> tuple['experiment_lib.Experiment', str]:
+def parse_training(argv: Sequence[str]) -> tuple['experiment_lib.Experiment', str, dict[str, Any]]:
+  """As `parse_experiment`, and the flags of `launch.Launch` that were given."""
+  values = flags.FlagValues()
+  for name, meaning in LAUNCH_FLAGS.items():
+    define = flags.DEFINE_string if name == 'coordinator' else flags.DEFINE_integer
+    define(name, None, meaning, flag_values=values)
+  experiment, workdir = parse_experiment(argv, values)
+  return experiment, workdir, {name: values[name].value for name in LAUNCH_FLAGS if values[name].value is not None}
+
+
+def parse_experiment(argv: Sequence[str], values: flags.FlagValues | None = None) -> tuple['experiment_lib.Experiment', str]:
   """The experiment and the workdir that `--config`, `--config.field` and `--workdir` describe.
+
+  Args:
+    argv: the command.
+    values: what else it may give.
 
   Raises:
     UserError: names the flag or field, with the nearest that there is.
   """
+  values = flags.FlagValues() if values is None else values
   overrides = [arg for arg in argv[1:] if arg.lstrip('-').startswith('config.')]
   others = [arg for arg in argv if arg not in overrides]
-  values = flags.FlagValues()
   flags.DEFINE_string('config', None, 'a file of configs/', flag_values=values)
   flags.DEFINE_string('workdir', None, 'where the run lives', flag_values=values)
   parse_flags(values, others)

@@ -33,13 +33,18 @@ def keep_compiled() -> None:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
-def split_cores(experiment: experiment_lib.Experiment) -> None:
-  """Makes a CPU's cores as many devices as `sharding.cpu_devices` says, unless the user or an earlier use of JAX has settled it."""
+def split_cores(experiment: experiment_lib.Experiment, several_processes: bool = False) -> None:
+  """Makes a CPU's cores as many devices as `sharding.cpu_devices` says, unless the user or an earlier use of JAX has settled it.
+
+  Each of several processes has one unless the field says more: the others may run on the same cores.
+  """
   flags = os.environ.get('XLA_FLAGS', '')
   if jax.config.values['jax_num_cpu_devices'] != -1 or 'xla_force_host_platform_device_count' in flags:
     return
   c = experiment.training
   devices = sharding.cpu_devices(experiment.sharding, c.batch_size // c.accumulation_steps, build.carries(experiment.model))
+  if several_processes and not experiment.sharding.cpu_devices:
+    devices = 1
   patient = jax.__version_info__[:2] in _PATIENT_VERSIONS
   try:
     # Unless told to, none of several devices whose patience can't be set.

@@ -75,6 +75,10 @@ MAY_CHANGE = frozenset(
 )
 
 
+# Fields that may differ between the processes of one run: where text and tokenizer lie on each machine.
+MAY_DIFFER_BY_PROCESS = frozenset(['data.path', 'tokenizer.model_path'])
+
+
 def check(experiment: Experiment) -> None:
   """Raises UserError for the first value that can't work, before anything compiles or is written."""
   check_types(experiment)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from textgen_jax import assembly, signals
+from textgen_jax import assembly, sharding, signals
 from textgen_jax.data import prefetch
 from textgen_jax.training import checkpoints, health, state, step
 
@@ -59,4 +59,4 @@ def inputs(parts: assembly.Parts, span: range, jumps: list[health.Jump]) -> tupl
 
 def at_offset(parts: assembly.Parts, train_state: state.TrainState, data_offset: int) -> state.TrainState:
   """The state with another `data_offset`."""
-  return dataclasses.replace(train_state, data_offset=jax.device_put(np.int32(data_offset), parts.shardings.data_offset))
+  return dataclasses.replace(train_state, data_offset=sharding.place(np.int32(data_offset), parts.shardings.data_offset))

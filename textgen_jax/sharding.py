@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from textgen_jax import axes, errors, trees
+from textgen_jax import axes, errors, processes, trees
 from textgen_jax.models import base
 
 MOST_CPU_DEVICES = 8  # each holds a copy of the state and meets the others in every sum; more than 2 are unmeasured
@@ -104,6 +105,11 @@ def make_mesh(config: ShardingConfig) -> Mesh:
   return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def told(mesh: Mesh) -> str:
+  """The mesh's sizes, such as 'data=4 fsdp=2 tensor=1'."""
+  return ' '.join(f'{name}={size}' for name, size in mesh.shape.items())
+
+
 def _devices_along(mesh: Mesh, mesh_axes: Iterable[str]) -> int:
   return math.prod(mesh.shape[axis] for axis in mesh_axes)
 
@@ -182,6 +188,61 @@ def one_copy(params: Any) -> Any:
   if not all(x.is_fully_replicated for x in jax.tree.leaves(params)):
     return params
   return jax.tree.map(lambda x: x.addressable_data(0), params)
+
+
+def is_local(x: jax.Array) -> bool:
+  """Whether this process can read all of an array by itself."""
+  return x.is_fully_addressable or x.is_fully_replicated
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+  """The whole array; where processes hold parts of it each gets those of the others, so all have to ask."""
+  if is_local(x):
+    return np.asarray(x)
+  from jax.experimental import multihost_utils  # that a process alone need not wait for
+
+  return multihost_utils.process_allgather(x, tiled=True)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+  """Arrays that this process has whole, on the devices; shardings are one for all, or a tree of them.
+
+  On several processes each has the same, which isn't checked: `jax.device_put` would send all to all to see.
+  """
+  if processes.count() == 1:
+    return jax.device_put(tree, shardings)
+  if isinstance(shardings, NamedSharding):
+    shardings = jax.tree.map(lambda x: shardings, tree)
+  return jax.tree.map(lambda x, s: _assemble(np.asarray(x), np.shape(x), s, 0, 0), tree, shardings)
+
+
+def own_rows(sharding: NamedSharding, rows: int) -> slice:
+  """The rows, of so many, that this process's devices hold: the span from the first to the last of them."""
+  held = [index[0].indices(rows) for index in sharding.addressable_devices_indices_map((rows,)).values() if index]
+  return slice(min(low for low, _, _ in held), max(high for _, high, _ in held))
+
+
+def place_rows(tree: Any, sharding: NamedSharding, rows: int, first: int, axis: int = 0) -> Any:
+  """Arrays of which this process has `own_rows` alone, from row `first` of `rows` on, on the devices; rows are their axis `axis`."""
+  if processes.count() == 1:
+    return jax.device_put(tree, sharding)
+
+  def shape(x: np.ndarray) -> tuple[int, ...]:
+    return (*x.shape[:axis], rows, *x.shape[axis + 1 :])
+
+  return jax.tree.map(lambda x: _assemble(x, shape(x), sharding, first, axis), tree)
+
+
+def _assemble(own: np.ndarray, shape: tuple[int, ...], sharding: NamedSharding, first: int, axis: int) -> jax.Array:
+  """An array of `shape` from what each process has `own`, which begins at place `first` of `axis`."""
+
+  def part(index: tuple[slice, ...] | None) -> np.ndarray:
+    if not index:
+      return own
+    low, high, _ = index[axis].indices(shape[axis])
+    return own[(*index[:axis], slice(low - first, high - first), *index[axis + 1 :])]
+
+  return jax.make_array_from_callback(shape, sharding, part)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

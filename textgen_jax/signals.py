@@ -65,6 +65,7 @@ class Stop:
 
 
 _command: Stop | None = None
+_farewells: list[Callable[[int, str], None]] = []
 _before: dict[int, Any] = {}  # the handlers that `watch` has taken the place of
 
 
@@ -121,8 +122,15 @@ def _answer(reading: int, stop: Stop) -> None:
       threading.Thread(target=stop.came, args=(numbers[0],), daemon=True).start()
 
 
+def before_leaving(function: Callable[[int, str], None]) -> None:
+  """Has `function` called with the exit code and why, before a signal ends the process."""
+  _farewells.append(function)
+
+
 def _end_process(number: int, told: str, code: int) -> None:
   del number
+  for farewell in _farewells:
+    farewell(code, told)
   # The main thread may hold a stream's lock, in a write to a pipe that nobody reads.
   telling = threading.Thread(target=_last_words, args=(told,), daemon=True)
   telling.start()

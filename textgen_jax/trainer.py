@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from textgen_jax import assembly, errors, memory, sharding, signals, watch, workdir
+from textgen_jax import assembly, errors, launch, memory, processes, sharding, signals, watch, workdir
 from textgen_jax import experiment as experiment_lib
 from textgen_jax.data import prefetch, tokens
 from textgen_jax.models import base
@@ -50,17 +50,39 @@ def train(experiment: experiment_lib.Experiment, directory: str | os.PathLike, h
   try:
     with contextlib.ExitStack() as stack:
       stop = stack.enter_context(signals.caught())
-      stands = directory.is_dir()
-      if stands:  # what another trainer is writing would look damaged
-        stack.enter_context(workdir.locked(directory))
-      trainer = _Trainer(assembly.Parts(experiment, directory, hook), directory, stop, began)
-      if not stands:
-        stack.enter_context(workdir.locked(directory))
-        if checkpoints.listed(directory / 'checkpoints'):  # another trainer was here since we looked
-          trainer = _Trainer(assembly.Parts(experiment, directory, hook), directory, stop, began)
-      return trainer.finish(trainer.run(stack))
+      with launch.alike():
+        trainer = _begin(experiment, directory, hook, stop, began, stack)
+      with launch.together():
+        return trainer.finish(trainer.run(stack))
   except OSError as error:
     raise errors.MachineFailed(f'{error.filename or directory}: {error.strerror or error}') from error
+
+
+def _begin(
+  experiment: experiment_lib.Experiment,
+  directory: pathlib.Path,
+  hook: step.LossHook,
+  stop: signals.Stop,
+  began: float,
+  stack: contextlib.ExitStack,
+) -> '_Trainer':
+  """A trainer that has the workdir for itself, on every process."""
+  processes.same({n: v for n, v in experiment_lib.flatten(experiment).items() if n not in experiment_lib.MAY_DIFFER_BY_PROCESS})
+
+  def lock() -> None:
+    stack.enter_context(workdir.locked(directory))
+
+  stands = processes.from_leader(directory.is_dir)
+  if stands:  # what another trainer is writing would look damaged
+    processes.from_leader(lock)
+  parts = assembly.Parts(experiment, directory, hook)
+  if not stands:
+    processes.from_leader(lock)
+    if workdir.stored_steps(directory):  # another trainer was here since we looked
+      parts = assembly.Parts(experiment, directory, hook)
+  processes.all_see(directory / workdir.LOCK)
+  processes.same({"the data's fingerprint": parts.fingerprint, "the tokenizer's": parts.tokenizer.fingerprint(), 'jax': jax.__version__})
+  return _Trainer(parts, directory, stop, began)
 
 
 class _Trainer:
@@ -76,6 +98,8 @@ class _Trainer:
     self.final_score: evaluate.Score | None = None
     self.skipped = 0  # steps whose loss or gradient was not finite, as last logged
     self.watch = watch.Watch(parts)
+    self.lockstep = processes.Lockstep()
+    self.reason: tuple[int, str] | None = None  # why the run is to end after this step, as all processes have agreed
     self.about: dict[str, Any] = {}  # what each checkpoint tells of itself
 
   def run(self, stack: contextlib.ExitStack) -> state.TrainState:
@@ -88,7 +112,7 @@ class _Trainer:
     train_state, first = self.start()
     # A run that was stopped while it evaluated has saved the step, and not its score.
     unscored = first > 0 and self.evaluates(first) and not self.kept.is_scored(first)
-    self.writer = stack.enter_context(contextlib.closing(metrics.Writer(self.directory, first, unscored)))
+    self.writer = stack.enter_context(contextlib.closing(self.open_writer(first, unscored)))
     if unscored:
       self.score_step(first, train_state)
     if first < c.num_steps:
@@ -96,6 +120,9 @@ class _Trainer:
         return self.train(self.compiled(), train_state)
     progress.say(f'{self.directory} has trained {first} steps already; training.num_steps={c.num_steps} asks for no more')
     return train_state
+
+  def open_writer(self, first: int, unscored: bool) -> metrics.Writer | metrics.Unwritten:
+    return metrics.Writer(self.directory, first, unscored) if processes.is_leader() else metrics.Unwritten()
 
   def train(self, compiled: Any, train_state: state.TrainState) -> state.TrainState:
     """The loop, entered anew after each rollback."""
@@ -137,6 +164,8 @@ class _Trainer:
     for line in parts.changes:
       progress.say(f'changed on resume: {line}')
     progress.say(progress.parameter_table(parts.abstract.params))
+    if processes.count() > 1:
+      progress.say(f'{processes.count()} processes, {jax.device_count()} devices: {sharding.told(parts.mesh)}')
     return train_state, first or 0
 
   def loop(self, compiled: Any, train_state: state.TrainState, first: int) -> state.TrainState:
@@ -160,7 +189,7 @@ class _Trainer:
       self.stop.hold()
       for span, inputs in ahead:
         done = span[-1]
-        if profiled and span[0] == profiled[0]:
+        if profiled and span[0] == profiled[0] and processes.is_leader():
           jax.block_until_ready(train_state)
           trace.enter_context(jax.profiler.trace(str(self.directory / 'profile')))
         train_state, sums = compiled(train_state, *inputs)
@@ -169,11 +198,12 @@ class _Trainer:
           # Two dispatches in flight keep the device busy; more would only delay Ctrl-C.
           self.read(*running.popleft(), train_state)
         self.kept.check()
+        self.reason = self.lockstep.look(self.own_reason(done))
         self.bar.advance(len(span))
         if profiled and done == profiled[-1]:
           jax.block_until_ready(train_state)
           trace.close()
-        if self.ending(done) or done == c.num_steps or self.pause_due(done):
+        if self.reason or done == c.num_steps or self.pause_due(done):
           while running:  # nothing is saved of what a rollback will undo
             self.read(*running.popleft(), train_state)
           self.pause(done, train_state)
@@ -183,6 +213,7 @@ class _Trainer:
     """Waits for a dispatch's steps, logs those that are due, and looks at each."""
     c = self.config
     jax.block_until_ready(sums)
+    processes.beat()
     began, self.read_at = self.read_at, time.monotonic()
     for done, one in zip(span, step.each(sums, len(span)), strict=True):
       if done % c.log_every_steps == 0 or done == c.num_steps:
@@ -194,6 +225,7 @@ class _Trainer:
     """The step as an executable; tells how much memory it takes."""
     assert self.compiling is not None
     compiled, seconds = self.compiling.result()
+    processes.everyone(None)  # a collective waits less long for a process that still compiles
     peak, limit = memory.peak_bytes(compiled), memory.limit_bytes()
     told = '' if peak is None else f', {peak / 2**20:,.1f} MiB at its peak on each device'
     progress.say(f'the step is compiled in {seconds:.1f} s{told}')
@@ -217,31 +249,38 @@ class _Trainer:
   def saved(self, done: int) -> str:
     return f'step {done} is saved in {self.directory}; the same command goes on from there'
 
-  def ending(self, done: int) -> errors.RunError | None:
-    """Why the run is to end after step `done`, if it is."""
+  def own_reason(self, done: int) -> tuple[int, str] | None:
+    """Why this process would end the run after step `done`, if it would: the exit code and the cause."""
     if number := self.stop.number:
-      return errors.Stopped(f'{signal.Signals(number).name}: {self.saved(done)}', number)
+      return 128 + number, signal.Signals(number).name
     minutes = self.parts.experiment.time_limit_minutes
-    if minutes and time.monotonic() - self.began >= 60 * minutes and done < self.config.num_steps:
-      return errors.TimeIsUp(f'time_limit_minutes={minutes} have passed: {self.saved(done)}')
+    # Clocks differ: one process decides for all.
+    if minutes and processes.is_leader() and time.monotonic() - self.began >= 60 * minutes and done < self.config.num_steps:
+      return errors.TimeIsUp.exit_code, f'time_limit_minutes={minutes} have passed'
     return None
 
   def pause(self, done: int, train_state: state.TrainState) -> None:
     """A checkpoint, then evaluation and samples where they are due; a signal ends those at once, and loses nothing."""
     began = time.monotonic()
-    self.check_stands()
+    processes.from_leader(self.check_stands)
     self.kept.save(done, train_state, self.about)
     self.stop.release(self.saved(done), self.settle)
-    if reason := self.ending(done):  # a signal that came before the release has left it to us
-      self.kept.wait()
-      raise reason
+    # A signal that came before the release has left it to us.
+    if reason := self.reason or self.own_reason(done):
+      if self.reason or processes.count() == 1:
+        self.kept.wait()
+      else:  # the others are elsewhere, and deleting is done by all
+        self.kept.settle()
+      self.writer.flush()
+      code, cause = reason
+      raise processes.as_error(code, f'{cause}: {self.saved(done)}')
     if self.evaluates(done):
       self.score_step(done, train_state)
-    if self.samples(done):
-      self.sample(done, train_state.params)
+    if self.samples(done) and all(map(sharding.is_local, jax.tree.leaves(train_state.params))):
+      processes.from_leader(lambda: self.sample(done, train_state.params))
     if done == self.config.num_steps:
       self.kept.wait()
-      self.check_stands()
+      processes.from_leader(self.check_stands)
     else:
       self.stop.hold()
     seconds = time.monotonic() - began  # tokens/s is of training alone

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from textgen_jax import assembly, errors, rerun, signals
+from textgen_jax import assembly, errors, rerun, sharding, signals
 from textgen_jax.training import checkpoints, diagnose, health, progress, state, step
 
 MOST_DIAGNOSES = 5  # of skipped steps, by one process; each takes about as long as a step
@@ -101,7 +101,7 @@ class Watch:
     place = self.parts.shardings.health
     fares = dataclasses.replace(
       train_state.health,
-      spike_step=jax.device_put(np.int32(max(spike.step, self._spike_step)), place.spike_step),
-      rollbacks=jax.device_put(np.int32(rollbacks), place.rollbacks),
+      spike_step=sharding.place(np.int32(max(spike.step, self._spike_step)), place.spike_step),
+      rollbacks=sharding.place(np.int32(rollbacks), place.rollbacks),
     )
     return rerun.at_offset(self.parts, dataclasses.replace(train_state, health=fares), offset)

@@ -14,12 +14,14 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from textgen_jax import errors, trees
+from textgen_jax import errors, processes, trees
 from textgen_jax import experiment as experiment_lib
 from textgen_jax.models import base, build
 from textgen_jax.text import base as text_base
 from textgen_jax.text import build as text_build
 from textgen_jax.training import checkpoints
+
+LOCK = 'lock'  # the file that a trainer holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +48,10 @@ def load(workdir: str | os.PathLike, checkpoint: str = 'best') -> Trained:
     NoGoodCheckpoint: the step can't be read.
   """
   path = pathlib.Path(workdir)
-  if not checkpoints.listed(path / 'checkpoints'):
+  if not stored_steps(path):
     raise errors.UserError(f'workdir={str(path)!r}: no checkpoint was ever written there')
   kept = checkpoints.Checkpoints(path, read_only=True)
-  step = _choose(kept, checkpoint, path)
+  step = processes.from_leader(lambda: _choose(kept, checkpoint, path))
   about = kept.about(step)
   where = f'{path}/checkpoints/{step}'
   experiment, fingerprint = described(about, where)
@@ -86,9 +88,9 @@ def _choose(kept: checkpoints.Checkpoints, checkpoint: str, path: pathlib.Path) 
 
 
 def abstract_params(model: Any) -> Any:
-  """Shapes of a model's parameters, on the first device."""
+  """Shapes of a model's parameters, on a device of this process."""
   shapes = nn.unbox(jax.eval_shape(lambda: base.init_params(model, jax.random.PRNGKey(0))))
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
 
 
@@ -118,13 +120,18 @@ def tokenizer_files(tokenizer: text_base.Tokenizer) -> dict[str, Any]:
   return {text_base.FILE_NAME: tokenizer.fields()}
 
 
+def stored_steps(workdir: pathlib.Path) -> list[int]:
+  """The steps that have a folder there, whole or not."""
+  return processes.from_leader(lambda: checkpoints.listed(workdir / 'checkpoints'))
+
+
 def newest(workdir: pathlib.Path) -> tuple[int, dict[str, Any]] | None:
   """The newest step that is whole, and what it says of itself; None where none was ever written.
 
   Raises:
     NoGoodCheckpoint: there are steps, and none is whole.
   """
-  if not checkpoints.listed(workdir / 'checkpoints'):
+  if not stored_steps(workdir):
     return None
   with contextlib.closing(checkpoints.Checkpoints(workdir, read_only=True)) as kept:
     step = kept.newest_good()
@@ -139,7 +146,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     UserError: another process trains there.
   """
   workdir.mkdir(parents=True, exist_ok=True)
-  path = workdir / 'lock'
+  path = workdir / LOCK
   while True:
     with path.open('a+', encoding='utf-8') as file:
       try:
@@ -161,7 +168,11 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def write_config(workdir: pathlib.Path, experiment: experiment_lib.Experiment, tokenizer: text_base.Tokenizer) -> None:
-  """Writes `config.json` and `tokenizer/`."""
+  """Writes `config.json` and `tokenizer/`; the leader does, of several processes."""
+  processes.from_leader(lambda: _write_config(workdir, experiment, tokenizer))
+
+
+def _write_config(workdir: pathlib.Path, experiment: experiment_lib.Experiment, tokenizer: text_base.Tokenizer) -> None:
   workdir.mkdir(parents=True, exist_ok=True)
   tokenizer.save(workdir / 'tokenizer')
   temporary = workdir / 'config.json.tmp'

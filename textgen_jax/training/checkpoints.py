@@ -1,6 +1,7 @@
 """Checkpoints that know whether they are whole: params apart from the rest, with what is needed to read them."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -10,12 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from textgen_jax import errors, trees
+from textgen_jax import errors, processes, trees
 from textgen_jax.training import integrity, noise, progress, state
 
 FORMAT = 3  # counts changes to what a checkpoint holds
 TO_SAMPLE = ('params', 'about')
 TO_TRAIN = ('params', 'state', 'about')
+ABOUT_FILE = 'about/metadata'  # as orbax names it
 SCORE = 'score.json'  # in a step's folder, written when the step was evaluated: after its manifest
 STRAGGLERS_S = 5.0  # to wait for what still writes after a save has failed
 LEFTOVERS = ('*.orbax-checkpoint-tmp*', '*.deleted')  # of a process that was killed while it saved or deleted
@@ -29,6 +31,9 @@ class Checkpoints:
   Each step holds `params`, `state` (the rest of `TrainState`), `about` (JSON: the experiment, the tokenizer's files, the
   fingerprint of what the batches are made of, every leaf's shape and dtype) and the manifest of their files, committed by one
   rename. A step is read only where it is as it was written.
+
+  Several processes save and read together, in one folder that all of them see. The leader alone looks whether steps are whole, and
+  deletes; the others hear of it.
   """
 
   def __init__(self, workdir: pathlib.Path, keep_latest: int = 1, keep_every: int = 0, keep_behind: int = 0, read_only: bool = False):
@@ -48,13 +53,16 @@ class Checkpoints:
       async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
     )
     if not read_only:
-      self._directory.mkdir(parents=True, exist_ok=True)
-      self._clear()
+      processes.from_leader(self._begin)
+
+  def _begin(self) -> None:
+    self._directory.mkdir(parents=True, exist_ok=True)
+    self._clear()
 
   def save(self, step: int, train_state: state.TrainState, about: dict[str, Any]) -> None:
     """Begins to save in the background; raises what an earlier save failed with. A step that is there already is kept."""
     self.wait()
-    if (self._directory / str(step)).exists():
+    if processes.from_leader((self._directory / str(step)).exists):
       return
     args = _orbax().args
     items = {'params': train_state.params, 'state': rest(train_state)}
@@ -95,12 +103,14 @@ class Checkpoints:
     self.settle()
     if self._saving is not None:
       self._saving = None
-      self._prune()
+      processes.beat()
+      processes.from_leader(self._prune)
 
   def _failed(self, error: Exception) -> errors.MachineFailed:
     self._saving = None
     noise.wait_for_stragglers(STRAGGLERS_S)
-    self._clear()  # what is half written would only fill the disk
+    if processes.is_leader():
+      self._clear()  # what is half written would only fill the disk
     self._failure = self._failure or f'{self._directory}/{self._begun}: the checkpoint could not be saved: {_why(error)}'
     return errors.MachineFailed(self._failure)
 
@@ -111,13 +121,16 @@ class Checkpoints:
   def score(self, step: int, val_loss: float) -> None:
     """Writes down what a saved step scored; the best so far is kept."""
     self.wait()
+    processes.from_leader(lambda: self._write_score(step, val_loss))
+
+  def _write_score(self, step: int, val_loss: float) -> None:
     folder = self._directory / str(step)
     if folder.is_dir():
       integrity.write_sealed(folder / SCORE, {'step': step, 'val_loss': val_loss if np.isfinite(val_loss) else None})
       self._prune()
 
   def is_scored(self, step: int) -> bool:
-    return self._read_score(step) is not None
+    return processes.from_leader(lambda: self._read_score(step) is not None)
 
   def val_loss(self, step: int) -> float | None:
     """Of a step that was evaluated; None where it wasn't, or where the loss isn't finite."""
@@ -158,6 +171,9 @@ class Checkpoints:
 
   def first_good(self, steps: list[int], items: tuple[str, ...] = TO_TRAIN) -> int | None:
     """The first that is whole; those before it are named."""
+    return processes.from_leader(lambda: self._first_good(steps, items))
+
+  def _first_good(self, steps: list[int], items: tuple[str, ...]) -> int | None:
     for step in steps:
       found = self.problem(step, items)
       if found is None:
@@ -171,8 +187,11 @@ class Checkpoints:
     Raises:
       NoGoodCheckpoint: there are steps, and none is whole.
     """
+    return processes.from_leader(lambda: self._newest_good(items))
+
+  def _newest_good(self, items: tuple[str, ...]) -> int | None:
     steps = self.steps()[::-1]
-    step = self.first_good(steps, items)
+    step = self._first_good(steps, items)
     if step is None and steps:
       why = f'{steps[0]}: {self.problem(steps[0], items)}'
       raise errors.NoGoodCheckpoint(f'{self._directory}: none of its {len(steps)} checkpoints is good; {why}')
@@ -181,12 +200,18 @@ class Checkpoints:
   def forget_after(self, step: int) -> None:
     """Deletes every later step: the run takes them anew."""
     self.wait()
+    processes.from_leader(lambda: self._delete_after(step))
+
+  def _delete_after(self, step: int) -> None:
     for later in self.steps():
       if later > step:
         self._delete(later)
 
   def set_aside_after(self, step: int) -> None:
     """Renames whatever bears a later step's number: it can't be used, and would be in the way of that step's save."""
+    processes.from_leader(lambda: self._set_aside_after(step))
+
+  def _set_aside_after(self, step: int) -> None:
     for path in self._directory.iterdir():
       if _is_step(path.name) and int(path.name) > step:
         aside = path.with_name(f'{path.name}.damaged')
@@ -217,12 +242,16 @@ class Checkpoints:
         _remove(path)
 
   def about(self, step: int) -> dict[str, Any]:
-    if found := self.problem(step, TO_SAMPLE):
+    if found := processes.from_leader(lambda: self.problem(step, TO_SAMPLE)):
       raise errors.NoGoodCheckpoint(f'{self._directory}/{step}: {found}')
     return self._read_about(step)
 
   def _read_about(self, step: int) -> dict[str, Any]:
-    about = self._restore(step, about=_orbax().args.JsonRestore())['about']
+    # Not by orbax, which would have all processes meet, and a process that only looks wait for its import.
+    try:
+      about = json.loads((self._directory / str(step) / ABOUT_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+      raise errors.NoGoodCheckpoint(f'{self._directory}/{step}: the checkpoint could not be read: {first_line(error)}') from error
     return about if isinstance(about, dict) else {}
 
   def restore(self, step: int, abstract: state.TrainState) -> state.TrainState:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from textgen_jax import errors
+from textgen_jax import errors, processes, sharding
 from textgen_jax.data import tokens, windows
 from textgen_jax.models import base
 from textgen_jax.training import losses
@@ -197,8 +197,10 @@ def token_losses(
     yield _counted(*one)
 
 
-def _counted(counts_BT: np.ndarray, places_BT: np.ndarray, values_BT: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-  return places_BT[counts_BT], np.asarray(values_BT)[counts_BT]
+def _counted(counts_BT: np.ndarray, places_BT: np.ndarray, values_BT: Any) -> tuple[np.ndarray, np.ndarray]:
+  values_BT = sharding.to_host(values_BT)
+  processes.beat()
+  return places_BT[counts_BT], values_BT[counts_BT]
 
 
 def evaluate(

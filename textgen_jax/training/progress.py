@@ -9,7 +9,7 @@ from typing import Any
 
 import tqdm
 
-from textgen_jax import trees
+from textgen_jax import processes, trees
 
 
 def parameter_table(params: Any) -> str:
@@ -28,7 +28,9 @@ def parameter_table(params: Any) -> str:
 
 
 def say(text: str) -> None:
-  """A line on stderr that doesn't tear the bar."""
+  """A line on stderr that doesn't tear the bar; of several processes one talks."""
+  if not processes.is_leader():
+    return
   with contextlib.suppress(BrokenPipeError):  # a run outlives the terminal that watched it
     tqdm.tqdm.write(text, file=sys.stderr)
 
@@ -45,7 +47,7 @@ class Progress:
       desc='train',
       unit='step',
       dynamic_ncols=True,
-      disable=not sys.stderr.isatty(),
+      disable=not (sys.stderr.isatty() and processes.is_leader()),
       bar_format='{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]',
     )
 

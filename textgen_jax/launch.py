@@ -1,0 +1,223 @@
+"""Several processes as one run: how they find each other, and how they end together."""
+
+import contextlib
+import ctypes
+import dataclasses
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+
+import jax
+
+# JAX tells nobody else whether a launcher that it knows has started the process.
+from jax._src import clusters
+
+from textgen_jax import errors, processes
+
+FAILED = errors.MachineFailed.exit_code  # of a process whose peer is lost
+ALIKE = (errors.UserError, errors.NoGoodCheckpoint, errors.Diverged)  # what all processes raise, if one does
+GRACE_S = 2.0  # for a process to come to its own end, once another has told of the run's
+LEADER_S = 4.0  # that the coordinator's process stays at most, so that the others end by themselves and not for want of it
+CALL_S = 1.0  # for the last words to the coordinator, which may be gone
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+  """How processes find each other; what isn't given is read from what SLURM, Kubernetes, Open MPI or Cloud TPU set."""
+
+  coordinator: str | None = None  # HOST:PORT of process 0
+  num_processes: int | None = None
+  process_id: int | None = None
+  join_timeout_s: int = 300  # for all processes to come
+  hang_timeout_s: int = 900  # without a finished step, evaluation batch or save, once the first step is done
+
+  def check(self) -> None:
+    """Raises UserError where the flags don't go together."""
+    given = {name: getattr(self, name) for name in ('coordinator', 'num_processes', 'process_id')}
+    missing = [name for name, value in given.items() if value is None]
+    if missing and len(missing) < len(given):
+      raise errors.UserError(f'--{missing[0]} is missing: --coordinator, --num_processes and --process_id go together')
+    if self.coordinator is not None and not self.coordinator.rpartition(':')[2].isdecimal():
+      raise errors.UserError(f"--coordinator={self.coordinator!r} isn't HOST:PORT")
+    if self.num_processes is not None and self.num_processes < 1:
+      raise errors.UserError(f'--num_processes={self.num_processes} is below 1')
+    if self.process_id is not None and not 0 <= self.process_id < (self.num_processes or 0):
+      raise errors.UserError(f'--process_id={self.process_id} is not in [0, --num_processes={self.num_processes})')
+    for name in ('join_timeout_s', 'hang_timeout_s'):
+      if getattr(self, name) < 1:
+        raise errors.UserError(f'--{name}={getattr(self, name)} is below 1')
+
+  @property
+  def several(self) -> bool:
+    """Whether this process is one of several: by the flags, or by a launcher's environment."""
+    if self.num_processes is not None:
+      return self.num_processes > 1
+    for cluster in clusters.ClusterEnv._cluster_types:
+      # JAX warns of a pod that lacks a package, but only one of an indexed job is one of several.
+      alone = cluster.__name__ == 'K8sCluster' and 'JOB_COMPLETION_INDEX' not in os.environ
+      if not alone and not cluster.opt_in_only_method and cluster.is_env_present():
+        return cluster.get_process_count() > 1
+    return False
+
+
+def join(launch: Launch) -> None:
+  """Meets the other processes, where there are any; before JAX looks for devices.
+
+  From here on a process whose peer is lost ends with exit code 5, and tells where it stood.
+
+  Raises:
+    UserError: the launcher's environment doesn't do.
+  """
+  if not launch.several:
+    return
+  _catch_aborts()
+  # JAX's own would take SIGTERM, and nobody would hear of it.
+  jax.config.update('jax_enable_preemption_service', False)
+  late = threading.Timer(launch.join_timeout_s, _lost, [f'not all processes have come within --join_timeout_s={launch.join_timeout_s}'])
+  late.daemon = True
+  late.start()
+  try:
+    jax.distributed.initialize(
+      launch.coordinator, launch.num_processes, launch.process_id, initialization_timeout=launch.join_timeout_s + 60
+    )
+  except (ValueError, RuntimeError) as error:
+    raise errors.UserError(f'the processes of the run did not meet: {error}') from error
+  processes.everyone(None)
+  late.cancel()
+  for target in (_listen, lambda: _watch(launch.hang_timeout_s)):
+    threading.Thread(target=target, daemon=True).start()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """Within it what ends this process ends all of them, and at once: to unwind would be to wait for the others' part in a save.
+
+  Of what all processes raise alike (UserError, NoGoodCheckpoint, Diverged) each unwinds as a process alone would.
+  """
+  try:
+    yield
+  except ALIKE:
+    raise
+  except errors.RunError as error:
+    if processes.count() > 1:
+      _say(f'error: {error}')
+      leave(error.exit_code, str(error))
+    raise
+  except BaseException as error:
+    if processes.count() > 1:
+      if isinstance(error, jax.errors.JaxRuntimeError) and not errors.is_out_of_memory(error):
+        time.sleep(GRACE_S + 1)  # a peer that has told of its end ends us; of one that could not we have but this error
+        _lost(f'another process of the run is lost: {(str(error).splitlines() or [""])[0]}')
+      traceback.print_exc()
+      leave(FAILED if isinstance(error, OSError) else 1, f'{type(error).__name__}: {error}')
+    raise
+
+
+@contextlib.contextmanager
+def alike() -> Iterator[None]:
+  """Within it a RunError of one process ends all: they go on together, or not at all."""
+  try:
+    yield
+  except errors.RunError as error:
+    if processes.count() > 1:
+      _say(f'error: {error}')
+      leave(error.exit_code, str(error))
+    raise
+  processes.everyone(None)
+
+
+def leave(code: int, told: str) -> None:
+  """Ends this process, at once and for good, after telling the others what it ends with. Where there are none, it returns.
+
+  Interpreters that end in the usual way wait for each other, minutes long where one is gone.
+  """
+  if processes.count() == 1:
+    return
+  announce(code, told)
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+      stream.flush()
+  os._exit(code)
+
+
+def announce(code: int, told: str) -> None:
+  """Tells the others that this process ends; the leader waits for them a little, for the coordinator ends with it."""
+  if processes.count() == 1:
+    return
+
+  def tell() -> None:
+    with contextlib.suppress(RuntimeError):  # the coordinator may be gone, and another may have been the first
+      if code:
+        processes.client().key_value_set('end', json.dumps([processes.index(), code, told]), allow_overwrite=False)
+    with contextlib.suppress(RuntimeError):
+      processes.client().key_value_set(f'gone/{processes.index()}', '')
+
+  telling = threading.Thread(target=tell, daemon=True)
+  telling.start()
+  telling.join(CALL_S)
+  until = time.monotonic() + (LEADER_S if code else processes.FAR_MS / 1000)
+  with contextlib.suppress(RuntimeError):
+    while processes.is_leader() and time.monotonic() < until and len(processes.client().key_value_dir_get('gone/')) < processes.count():
+      time.sleep(0.05)
+
+
+def _listen() -> None:
+  """Ends this process when another has told of its own end."""
+  try:
+    i, code, told = json.loads(processes.client().blocking_key_value_get('end', processes.FAR_MS))
+  except RuntimeError:  # the coordinator is gone: JAX ends the process
+    return
+  if i != processes.index():
+    time.sleep(GRACE_S)
+    orderly = code > 128 or code in (kind.exit_code for kind in errors.RunError.__subclasses__())
+    words = f'process {i} of {processes.count()} has ended: {told}'
+    if orderly:
+      _say(f'error: {words}')
+      leave(code, words)
+    _lost(words)
+
+
+def _watch(limit_s: float) -> None:
+  while True:
+    time.sleep(min(1.0, limit_s / 4))
+    if (last := processes.last_beat()) is not None and time.monotonic() - last > limit_s:
+      _lost(f'nothing was finished for --hang_timeout_s={limit_s:g}: a process of the run hangs')
+
+
+def _lost(why: str) -> None:
+  """Ends this process because of another, and tells where it stood."""
+  _dump(f'error: {why}')
+  leave(FAILED, why)
+  os._exit(FAILED)  # before the processes have met
+
+
+def _dump(line: str) -> None:
+  _say(line)
+  with contextlib.suppress(OSError):
+    faulthandler.dump_traceback(file=2, all_threads=True)
+
+
+def _say(line: str) -> None:
+  with contextlib.suppress(OSError):
+    os.write(2, f'{line}\n'.encode())  # not by the stream: whoever holds its lock may never let go
+
+
+def _catch_aborts() -> None:
+  """JAX aborts a process whose coordinator is lost, or whose peer has sent no sign of life for 100 s, past any handler of Python's."""
+  number = int(signal.SIGABRT)
+  libc = ctypes.CDLL(None)
+  libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+  libc.signal(number, ctypes.cast(_on_abort, ctypes.c_void_p))
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(number: int) -> None:
+  del number
+  _dump('error: JAX has ended the process: the coordinator or another process of the run is lost (its own words stand above)')
+  os._exit(FAILED)

@@ -1,0 +1,159 @@
+"""The processes of one run: which this one is, and how they agree.
+
+A process alone agrees with itself: every function here then costs nothing. Those that processes agree by are called by all of them, in
+the same order.
+"""
+
+import contextlib
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+# JAX has no other place where values are kept for all processes, and orbax uses it too.
+from jax._src.distributed import global_state
+
+from textgen_jax import errors
+
+T = TypeVar('T')
+
+FAR_MS = 7 * 24 * 3600 * 1000  # a wait that only an end of the run cuts short
+NETWORK_DISK_S = 30.0  # until what one process has written is seen by another
+LOOKS_AHEAD = 2  # dispatches: no process can be further ahead of another
+
+
+def count() -> int:
+  """Processes of the run."""
+  return global_state.num_processes if global_state.client else 1
+
+
+def index() -> int:
+  return global_state.process_id if global_state.client else 0
+
+
+def is_leader() -> bool:
+  """Whether this process writes logs, and decides."""
+  return index() == 0
+
+
+_asked = 0  # questions to the leader so far
+_met = 0  # times that all processes have told each other something
+_alone = False  # within what the leader alone does
+
+
+def from_leader(function: Callable[[], T]) -> T:
+  """What `function` gives on the leader, which alone calls it; others wait. It is JSON. What it raises of ours, all raise.
+
+  Whatever the leader alone is to do is done so: writing, and deciding by what a disk or a clock says.
+  """
+  global _asked, _alone
+  if count() == 1 or _alone:
+    return function()
+  _asked += 1
+  key = f'answer/{_asked}'
+  if not is_leader():
+    answer: dict[str, Any] = json.loads(client().blocking_key_value_get(key, FAR_MS))
+    if 'code' in answer:
+      raise as_error(answer['code'], answer['told'])
+    return answer['value']
+  mine, _alone = None, True
+  try:
+    answer = {'value': function()}
+  except errors.RunError as error:
+    mine, answer = error, {'code': error.exit_code, 'told': str(error)}
+  finally:
+    _alone = False
+  client().key_value_set(key, json.dumps(answer))  # some a checkpoint, and small: they needn't be deleted
+  if mine is not None:
+    raise mine
+  return answer['value']
+
+
+def everyone(value: T) -> list[T]:
+  """Each process's value, JSON, in the order of the processes; all wait for all."""
+  global _met
+  if count() == 1:
+    return [value]
+  _met += 1
+  store = client()
+  store.key_value_set(f'value/{_met}/{index()}', json.dumps(value))
+  return [json.loads(store.blocking_key_value_get(f'value/{_met}/{i}', FAR_MS)) for i in range(count())]
+
+
+def same(what: dict[str, Any]) -> None:
+  """Raises UserError on every process where one has another value of anything than the leader has: `{field: value}`."""
+  ours, *others = everyone({name: repr(value) for name, value in what.items()})
+  for i, theirs in enumerate(others, 1):
+    for name in {**ours, **theirs}:
+      if ours.get(name) != theirs.get(name):
+        raise errors.UserError(f'process {i} of {count()} has {name}={theirs.get(name)}, and process 0 has {ours.get(name)}')
+
+
+def all_see(path: pathlib.Path) -> None:
+  """Raises UserError where a process doesn't find a file that the leader has written, in the same words: their folders are others."""
+  words = from_leader(lambda: path.read_text(encoding='utf-8'))
+  until = time.monotonic() + NETWORK_DISK_S
+  while not (found := path.is_file() and path.read_text(encoding='utf-8') == words) and time.monotonic() < until:
+    time.sleep(0.2)
+  blind = [i for i, sees in enumerate(everyone(found)) if not sees]
+  if blind:
+    raise errors.UserError(f"process {blind[0]} of {count()} doesn't see {path}, which process 0 has written: all need the same folder")
+
+
+class Lockstep:
+  """Has all processes stop after the same dispatch, whichever of them has a reason to: an exit code and its cause."""
+
+  def __init__(self) -> None:
+    self._dispatch = 0
+    self._agreed: list[Any] | None = None  # dispatch, exit code, cause
+
+  def look(self, own: tuple[int, str] | None) -> tuple[int, str] | None:
+    """Called after each dispatch, on every process, with this one's reason, if it has one; gives the agreed one in its time.
+
+    A process that has a reason asks for a stop `LOOKS_AHEAD` dispatches later. By then all others have seen it: none goes out
+    with a dispatch before it has read the results of the one before the last, which need every process.
+    """
+    self._dispatch += 1
+    if count() == 1:
+      return own
+    store = client()
+    if own is not None and self._agreed is None:
+      with contextlib.suppress(RuntimeError):  # another process was first
+        store.key_value_set('stop', json.dumps([self._dispatch + LOOKS_AHEAD, *own]), allow_overwrite=False)
+    if self._agreed is None:
+      try:
+        self._agreed = json.loads(store.key_value_try_get('stop'))
+      except RuntimeError:  # nobody wants to
+        return None
+    dispatch, code, cause = self._agreed
+    return (code, cause) if self._dispatch >= dispatch else None
+
+
+def as_error(code: int, told: str) -> errors.RunError:
+  """The error that ends a run with this exit code."""
+  if code > 128:
+    return errors.Stopped(told, code - 128)
+  kinds = (errors.UserError, errors.Diverged, errors.NoGoodCheckpoint, errors.MachineFailed, errors.TimeIsUp)
+  return next((kind(told) for kind in kinds if kind.exit_code == code), errors.MachineFailed(told))
+
+
+# The beat of a run, which `launch` listens to.
+
+_beaten: float | None = None  # when something was last finished
+
+
+def beat() -> None:
+  """Something is finished: a step, a batch, a save. From the first time on, too long without is a hang."""
+  global _beaten
+  _beaten = time.monotonic()
+
+
+def last_beat() -> float | None:
+  """When something was last finished; None before the first time."""
+  return _beaten
+
+
+def client() -> Any:
+  """The coordinator's, where there are several processes."""
+  return global_state.client
