@@ -175,7 +175,7 @@ def _listen() -> None:
     return
   if i != processes.index():
     time.sleep(GRACE_S)
-    orderly = code > 128 or code in (kind.exit_code for kind in errors.RunError.__subclasses__())
+    orderly = code > 128 or code in (kind.exit_code for kind in processes.KINDS)
     words = f'process {i} of {processes.count()} has ended: {told}'
     if orderly:
       _say(f'error: {words}')

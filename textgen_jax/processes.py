@@ -18,6 +18,7 @@ from textgen_jax import errors
 
 T = TypeVar('T')
 
+KINDS = (errors.UserError, errors.Diverged, errors.NoGoodCheckpoint, errors.MachineFailed, errors.TimeIsUp)
 FAR_MS = 7 * 24 * 3600 * 1000  # a wait that only an end of the run cuts short
 NETWORK_DISK_S = 30.0  # until what one process has written is seen by another
 LOOKS_AHEAD = 2  # dispatches: no process can be further ahead of another
@@ -134,8 +135,7 @@ def as_error(code: int, told: str) -> errors.RunError:
   """The error that ends a run with this exit code."""
   if code > 128:
     return errors.Stopped(told, code - 128)
-  kinds = (errors.UserError, errors.Diverged, errors.NoGoodCheckpoint, errors.MachineFailed, errors.TimeIsUp)
-  return next((kind(told) for kind in kinds if kind.exit_code == code), errors.MachineFailed(told))
+  return next((kind(told) for kind in KINDS if kind.exit_code == code), errors.MachineFailed(told))
 
 
 # The beat of a run, which `launch` listens to.

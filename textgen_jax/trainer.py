@@ -50,9 +50,9 @@ def train(experiment: experiment_lib.Experiment, directory: str | os.PathLike, h
   try:
     with contextlib.ExitStack() as stack:
       stop = stack.enter_context(signals.caught())
-      with launch.alike():
-        trainer = _begin(experiment, directory, hook, stop, began, stack)
       with launch.together():
+        with launch.alike():
+          trainer = _begin(experiment, directory, hook, stop, began, stack)
         return trainer.finish(trainer.run(stack))
   except OSError as error:
     raise errors.MachineFailed(f'{error.filename or directory}: {error.strerror or error}') from error
