@@ -15,7 +15,8 @@ from textgen_jax.training import checkpoints, step
 
 
 def main(config, workdir, port, count, index, fsdp):
-  experiment, _ = command_line.parse_experiment(['train.py', f'--config={config}', f'--workdir={workdir}', f'--config.sharding.fsdp={fsdp}'])
+  flags = [f'--config={config}', f'--workdir={workdir}', f'--config.sharding.fsdp={fsdp}']
+  experiment, _ = command_line.parse_experiment(['train.py', *flags])
   launch.join(launch.Launch(f'127.0.0.1:{port}', int(count), int(index)))
   parts = assembly.Parts(experiment, pathlib.Path(workdir), step.no_hook)
   kept = checkpoints.Checkpoints(pathlib.Path(workdir), read_only=True)

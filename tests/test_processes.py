@@ -27,14 +27,16 @@ def val_losses(workdir):
 
 
 def test_two_processes_have_the_losses_of_one_and_one_of_them_writes(runs):
-  cluster, one, two, (leader, other) = runs
+  _cluster, one, two, (leader, other) = runs
   ours, theirs = losses(two), losses(one)
   assert list(ours) == list(range(1, 21))  # each step once: two writers would have written it twice
   assert ours == pytest.approx({step: theirs[step] for step in ours}, rel=1e-5)
   assert val_losses(two) == pytest.approx(val_losses(one)[:2], rel=1e-5)
-  assert 'step 20/20' in leader and '2 processes, 4 devices: data=2 fsdp=2 tensor=1' in leader
+  assert 'step 20/20' in leader
+  assert '2 processes, 4 devices: data=2 fsdp=2 tensor=1' in leader
   assert 'loss' not in other
-  assert fault_runs.unfinished(two) == [] and not (two / 'lock').exists()
+  assert fault_runs.unfinished(two) == []
+  assert not (two / 'lock').exists()
 
 
 def test_a_run_moves_from_two_processes_to_one_to_four(runs):
@@ -49,7 +51,8 @@ def test_a_run_moves_from_two_processes_to_one_to_four(runs):
 
 
 def test_a_process_alone_agrees_with_itself():
-  assert processes.count() == 1 and processes.is_leader()
+  assert processes.count() == 1
+  assert processes.is_leader()
   assert processes.from_leader(lambda: 7) == 7
   assert processes.everyone('x') == ['x']
   processes.same({'a': 1})
