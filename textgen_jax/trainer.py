@@ -166,6 +166,8 @@ class _Trainer:
     progress.say(progress.parameter_table(parts.abstract.params))
     if processes.count() > 1:
       progress.say(f'{processes.count()} processes, {jax.device_count()} devices: {sharding.told(parts.mesh)}')
+    if self.config.sample_tokens and not self.can_sample(train_state):
+      progress.say('no samples on the way: parameters are split over processes; sample.py reads them from a checkpoint')
     return train_state, first or 0
 
   def loop(self, compiled: Any, train_state: state.TrainState, first: int) -> state.TrainState:
@@ -242,6 +244,10 @@ class _Trainer:
     due = self.evaluates(done) if c.sample_every_steps < 0 else c.sample_every_steps > 0 and done % c.sample_every_steps == 0
     return due and c.sample_tokens > 0
 
+  def can_sample(self, train_state: state.TrainState) -> bool:
+    """Whether a process has all parameters: the leader samples alone."""
+    return all(map(sharding.is_local, jax.tree.leaves(train_state.params)))
+
   def pause_due(self, done: int) -> bool:
     every = self.config.checkpoint_every_steps
     return self.evaluates(done) or self.samples(done) or (every > 0 and done % every == 0)
@@ -276,7 +282,7 @@ class _Trainer:
       raise processes.as_error(code, f'{cause}: {self.saved(done)}')
     if self.evaluates(done):
       self.score_step(done, train_state)
-    if self.samples(done) and all(map(sharding.is_local, jax.tree.leaves(train_state.params))):
+    if self.samples(done) and self.can_sample(train_state):
       processes.from_leader(lambda: self.sample(done, train_state.params))
     if done == self.config.num_steps:
       self.kept.wait()
