@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Training on several GPU machines under SLURM: `sbatch scripts/slurm.sh configs/modern_1b.py runs/modern_1b`.
-# One process a GPU; JAX reads from SLURM's environment who each is. SLURM sends SIGTERM two minutes before the job's time is up:
-# all processes save the same step, and the job asks to be run again. It does so too where a machine is lost (exit code 5).
+# One process a GPU; JAX reads from SLURM's environment who each is. SLURM sends SIGTERM to the processes two to three minutes before the
+# job's time is up: all save the same step, and the script has the job run again, as after a process that was lost (exit code 5).
+# Where a machine is lost SLURM ends the job and runs it again by itself (--requeue).
 #SBATCH --job-name=textgen
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -15,11 +16,11 @@
 set -uo pipefail
 config=${1:?a file of configs/}
 workdir=${2:?a folder that all machines see}
-. .venv/bin/activate
-srun --kill-on-bad-exit=0 python train.py --config="$config" --workdir="$workdir" "${@:3}"
+. .venv/bin/activate || exit 2
+srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" python train.py --config="$config" --workdir="$workdir" "${@:3}"
 code=$?
 case $code in
-  0|2|3|4) exit "$code" ;;  # done, or nothing that another try would help
+  0|1|2|3|4|126|127) exit "$code" ;;  # done, or nothing that another try would help
 esac
 restarts=${SLURM_RESTART_COUNT:-0}
 echo "exit code $code, restart $restarts" >&2

@@ -16,7 +16,6 @@ from textgen_jax.training import checkpoints, step
 
 def main(config, workdir, port, count, index, fsdp):
   flags = [f'--config={config}', f'--workdir={workdir}', f'--config.sharding.fsdp={fsdp}']
-  flags = [*flags]
   experiment, _ = command_line.parse_experiment(['train.py', *flags])
   launch.join(launch.Launch(f'127.0.0.1:{port}', int(count), int(index)))
   parts = assembly.Parts(experiment, pathlib.Path(workdir), step.no_hook)

@@ -1,12 +1,15 @@
 """Several processes train as one does: the same batches, losses and leaves, and a run moves between numbers of them."""
 
 import json
+from unittest import mock
 
 import fault_runs
+import jax
+import numpy as np
 import process_runs
 import pytest
 
-from textgen_jax import errors, launch, processes
+from textgen_jax import errors, launch, processes, sharding
 
 
 @pytest.fixture(scope='module', params=['transformer', 'lstm'])
@@ -66,6 +69,7 @@ def test_a_process_alone_agrees_with_itself():
   ('given', 'told'),
   [
     ({'coordinator': 'host:1'}, '--num_processes is missing: --coordinator, --num_processes and --process_id go together'),
+    ({'coordinator': ':1', 'num_processes': 2, 'process_id': 0}, "--coordinator=':1' isn't HOST:PORT"),
     ({'coordinator': 'host', 'num_processes': 2, 'process_id': 0}, "--coordinator='host' isn't HOST:PORT"),
     ({'coordinator': 'host:1', 'num_processes': 2, 'process_id': 2}, '--process_id=2 is not in [0, --num_processes=2)'),
     ({'coordinator': 'host:1', 'num_processes': 0, 'process_id': 0}, '--num_processes=0 is below 1'),
@@ -78,14 +82,30 @@ def test_flags_that_do_not_go_together(given, told):
   assert str(error.value) == told
 
 
-@pytest.mark.parametrize(('tasks', 'several'), [('1', False), ('2', True)])
-def test_slurm_tells_how_many_there_are(monkeypatch, tasks, several):
+@pytest.mark.parametrize(('tasks', 'given', 'several'), [('1', None, False), ('2', None, True), ('2', 1, False)])
+def test_slurm_tells_how_many_there_are_and_a_flag_that_this_is_alone(monkeypatch, tasks, given, several):
   for name, value in {'JOB_ID': '1', 'STEP_NODELIST': 'n1', 'NTASKS': tasks, 'PROCID': '0', 'LOCALID': '0'}.items():
     monkeypatch.setenv(f'SLURM_{name}', value)
-  assert launch.Launch().several is several
+  launched = launch.Launch(num_processes=given)
+  launched.check()
+  assert launched.several is several
 
 
 def test_each_exit_code_is_its_error_again():
   for kind in (errors.UserError, errors.Diverged, errors.NoGoodCheckpoint, errors.MachineFailed, errors.TimeIsUp):
     assert type(processes.as_error(kind.exit_code, 'why')) is kind
   assert processes.as_error(143, 'why').exit_code == 143
+
+
+def test_each_process_lays_down_the_rows_that_it_has():
+  """A process whose devices hold rows 2 to 5 of 8 has no others: what it assembles is as the whole's part."""
+  whole = np.arange(8 * 3).reshape(8, 3)
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  seen = []
+  with mock.patch.object(jax, 'make_array_from_callback', lambda shape, sharding, part: seen.append((shape, part))):
+    sharding._assemble(whole[2:6], (8, 3), here, 2, 0)
+    sharding._assemble(np.stack([whole[2:6]] * 2), (2, 8, 3), here, 2, 1)
+  (shape, part), (stacked_shape, stacked_part) = seen
+  assert (shape, stacked_shape) == ((8, 3), (2, 8, 3))
+  np.testing.assert_array_equal(part((slice(4, 6), slice(None))), whole[4:6])
+  np.testing.assert_array_equal(stacked_part((slice(None), slice(2, 4), slice(None))), np.stack([whole[2:4]] * 2))

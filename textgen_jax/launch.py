@@ -4,14 +4,16 @@ import contextlib
 import ctypes
 import dataclasses
 import faulthandler
+import functools
 import json
 import os
+import re
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -22,14 +24,23 @@ from textgen_jax import errors, processes
 
 FAILED = errors.MachineFailed.exit_code  # of a process whose peer is lost
 ALIKE = (errors.UserError, errors.NoGoodCheckpoint, errors.Diverged)  # what all processes raise, if one does
-GRACE_S = 2.0  # for a process to come to its own end, once another has told of the run's
-LEADER_S = 4.0  # that the coordinator's process stays at most, so that the others end by themselves and not for want of it
+HEARTBEAT_S = 30  # without a sign of life from a process, after which JAX ends the others
+# What collectives say, on CPU by Gloo and on GPU by NCCL, when one of their processes is gone.
+_PEER_LOST = re.compile(r'(?i)gloo|nccl|connection (closed|reset)|broken pipe|UNAVAILABLE|coordination|heartbeat|DEADLINE_EXCEEDED')
+GRACE_S = 1.5  # for a process to come to its own end, once another has told of the run's
+LEADER_S = 2.5  # that the coordinator's process stays at most, so that the others end by themselves and not for want of it
+LISTEN_MS = 3_600_000  # one question after another's end
 CALL_S = 1.0  # for the last words to the coordinator, which may be gone
+
+_joined = False  # by `join`: this process ends with the others
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-  """How processes find each other; what isn't given is read from what SLURM, Kubernetes, Open MPI or Cloud TPU set."""
+  """How processes find each other; what isn't given is read from what SLURM, Kubernetes, Open MPI or Cloud TPU set.
+
+  One process alone, where such a launcher tells of several, is `num_processes=1`.
+  """
 
   coordinator: str | None = None  # HOST:PORT of process 0
   num_processes: int | None = None
@@ -41,9 +52,9 @@ class Launch:
     """Raises UserError where the flags don't go together."""
     given = {name: getattr(self, name) for name in ('coordinator', 'num_processes', 'process_id')}
     missing = [name for name, value in given.items() if value is None]
-    if missing and len(missing) < len(given):
+    if missing and len(missing) < len(given) and self.num_processes != 1:
       raise errors.UserError(f'--{missing[0]} is missing: --coordinator, --num_processes and --process_id go together')
-    if self.coordinator is not None and not self.coordinator.rpartition(':')[2].isdecimal():
+    if self.coordinator is not None and not re.fullmatch(r'.+:\d{1,5}', self.coordinator):
       raise errors.UserError(f"--coordinator={self.coordinator!r} isn't HOST:PORT")
     if self.num_processes is not None and self.num_processes < 1:
       raise errors.UserError(f'--num_processes={self.num_processes} is below 1')
@@ -53,26 +64,35 @@ class Launch:
       if getattr(self, name) < 1:
         raise errors.UserError(f'--{name}={getattr(self, name)} is below 1')
 
-  @property
+  @functools.cached_property
   def several(self) -> bool:
-    """Whether this process is one of several: by the flags, or by a launcher's environment."""
+    """Whether this process is one of several: by the flags, or by a launcher's environment.
+
+    Raises:
+      UserError: there is such an environment, and it doesn't tell.
+    """
     if self.num_processes is not None:
       return self.num_processes > 1
-    for cluster in clusters.ClusterEnv._cluster_types:
-      # JAX warns of a pod that lacks a package, but only one of an indexed job is one of several.
-      alone = cluster.__name__ == 'K8sCluster' and 'JOB_COMPLETION_INDEX' not in os.environ
-      if not alone and not cluster.opt_in_only_method and cluster.is_env_present():
-        return cluster.get_process_count() > 1
+    try:
+      for cluster in clusters.ClusterEnv._cluster_types:
+        # JAX warns of a pod that lacks a package, but only one of an indexed job is one of several.
+        alone = cluster.__name__ == 'K8sCluster' and 'JOB_COMPLETION_INDEX' not in os.environ
+        if not alone and not cluster.opt_in_only_method and cluster.is_env_present():
+          return cluster.get_process_count() > 1
+    except RuntimeError as error:
+      told = f'the launcher does not tell how many processes there are ({error})'
+      raise errors.UserError(f'{told}: --num_processes=1 says that this one is alone') from error
     return False
 
 
 def join(launch: Launch) -> None:
   """Meets the other processes, where there are any; before JAX looks for devices.
 
-  From here on a process whose peer is lost ends with exit code 5, and tells where it stood.
+  From here on this process ends, by `os._exit`, with any other of the run: with exit code 5 where one is lost, and tells where it stood.
 
   Raises:
     UserError: the launcher's environment doesn't do.
+    MachineFailed: the coordinator's port is taken, or its name isn't known.
   """
   if not launch.several:
     return
@@ -82,63 +102,83 @@ def join(launch: Launch) -> None:
   late = threading.Timer(launch.join_timeout_s, _lost, [f'not all processes have come within --join_timeout_s={launch.join_timeout_s}'])
   late.daemon = True
   late.start()
+  by_hand = launch.coordinator is not None
   try:
     jax.distributed.initialize(
-      launch.coordinator, launch.num_processes, launch.process_id, initialization_timeout=launch.join_timeout_s + 60
+      launch.coordinator,
+      launch.num_processes,
+      launch.process_id,
+      # A launcher would give each process one GPU, whatever the flags say.
+      cluster_detection_method='deactivate' if by_hand else None,
+      initialization_timeout=launch.join_timeout_s + 60,  # ours comes first
+      heartbeat_timeout_seconds=HEARTBEAT_S,
     )
-  except (ValueError, RuntimeError) as error:
+    processes.everyone(None)
+  except ValueError as error:
     raise errors.UserError(f'the processes of the run did not meet: {error}') from error
-  processes.everyone(None)
-  late.cancel()
+  except RuntimeError as error:  # a port that is still taken, a name that isn't known yet: another try may do
+    raise errors.MachineFailed(f'the processes of the run did not meet: {error}') from error
+  finally:
+    late.cancel()
+  global _joined
+  _joined = True
   for target in (_listen, lambda: _watch(launch.hang_timeout_s)):
     threading.Thread(target=target, daemon=True).start()
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Within it what ends this process ends all of them, and at once: to unwind would be to wait for the others' part in a save.
+  """Within it what ends this process ends all that have joined, and at once: to unwind would be to wait for the others' part in a save.
 
-  Of what all processes raise alike (UserError, NoGoodCheckpoint, Diverged) each unwinds as a process alone would.
+  What all processes raise alike (UserError, NoGoodCheckpoint, Diverged) is left to unwind, as it would in a process alone.
   """
   try:
     yield
   except ALIKE:
     raise
   except errors.RunError as error:
-    if processes.count() > 1:
-      _say(f'error: {error}')
-      leave(error.exit_code, str(error))
+    _leave_with(error)
     raise
   except BaseException as error:
-    if processes.count() > 1:
-      if isinstance(error, jax.errors.JaxRuntimeError) and not errors.is_out_of_memory(error):
+    if _joined:
+      traceback.print_exc()
+      if _PEER_LOST.search(str(error)):
         time.sleep(GRACE_S + 1)  # a peer that has told of its end ends us; of one that could not we have but this error
         _lost(f'another process of the run is lost: {(str(error).splitlines() or [""])[0]}')
-      traceback.print_exc()
       leave(FAILED if isinstance(error, OSError) else 1, f'{type(error).__name__}: {error}')
     raise
+  finally:
+    processes.rest()
 
 
 @contextlib.contextmanager
-def alike() -> Iterator[None]:
-  """Within it a RunError of one process ends all: they go on together, or not at all."""
+def alike(let_go: Callable[[], None]) -> Iterator[None]:
+  """Within it a RunError of one process ends all that have joined, after `let_go`: they go on together, or not at all."""
   try:
     yield
   except errors.RunError as error:
-    if processes.count() > 1:
-      _say(f'error: {error}')
-      leave(error.exit_code, str(error))
+    if _joined:
+      let_go()
+    _leave_with(error)
     raise
   processes.everyone(None)
 
 
+def _leave_with(error: errors.RunError) -> None:
+  if _joined:
+    _say(f'error: {error}')
+    leave(error.exit_code, str(error))
+
+
 def leave(code: int, told: str) -> None:
-  """Ends this process, at once and for good, after telling the others what it ends with. Where there are none, it returns.
+  """Ends this process, at once and for good, after telling the others what it ends with. Where none have joined, it returns.
 
   Interpreters that end in the usual way wait for each other, minutes long where one is gone.
   """
-  if processes.count() == 1:
+  if not _joined:
     return
+  if code == 0:
+    processes.everyone(None)  # none has done its part while another could still fail
   announce(code, told)
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -148,7 +188,7 @@ def leave(code: int, told: str) -> None:
 
 def announce(code: int, told: str) -> None:
   """Tells the others that this process ends; the leader waits for them a little, for the coordinator ends with it."""
-  if processes.count() == 1:
+  if not _joined:
     return
 
   def tell() -> None:
@@ -161,7 +201,7 @@ def announce(code: int, told: str) -> None:
   telling = threading.Thread(target=tell, daemon=True)
   telling.start()
   telling.join(CALL_S)
-  until = time.monotonic() + (LEADER_S if code else processes.FAR_MS / 1000)
+  until = time.monotonic() + LEADER_S
   with contextlib.suppress(RuntimeError):
     while processes.is_leader() and time.monotonic() < until and len(processes.client().key_value_dir_get('gone/')) < processes.count():
       time.sleep(0.05)
@@ -169,10 +209,12 @@ def announce(code: int, told: str) -> None:
 
 def _listen() -> None:
   """Ends this process when another has told of its own end."""
-  try:
-    i, code, told = json.loads(processes.client().blocking_key_value_get('end', processes.FAR_MS))
-  except RuntimeError:  # the coordinator is gone: JAX ends the process
-    return
+  while True:
+    try:
+      i, code, told = json.loads(processes.client().blocking_key_value_get('end', LISTEN_MS))
+      break
+    except RuntimeError:  # not yet; or the coordinator is gone, and JAX ends the process
+      time.sleep(1)
   if i != processes.index():
     time.sleep(GRACE_S)
     orderly = code > 128 or code in (kind.exit_code for kind in processes.KINDS)
@@ -185,7 +227,7 @@ def _listen() -> None:
 
 def _watch(limit_s: float) -> None:
   while True:
-    time.sleep(min(1.0, limit_s / 4))
+    time.sleep(min(0.5, limit_s / 4))
     if (last := processes.last_beat()) is not None and time.monotonic() - last > limit_s:
       _lost(f'nothing was finished for --hang_timeout_s={limit_s:g}: a process of the run hangs')
 
@@ -219,5 +261,5 @@ def _catch_aborts() -> None:
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(number: int) -> None:
   del number
-  _dump('error: JAX has ended the process: the coordinator or another process of the run is lost (its own words stand above)')
+  _dump('error: aborted by a library, whose words stand above: most often the coordinator or another process of the run is lost')
   os._exit(FAILED)

@@ -1,14 +1,14 @@
 """The processes of one run: which this one is, and how they agree.
 
-A process alone agrees with itself: every function here then costs nothing. Those that processes agree by are called by all of them, in
-the same order.
+A process alone agrees with itself, which costs nothing. The functions that processes agree by are called by all of them, in
+the same order, by the main thread.
 """
 
 import contextlib
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 # JAX has no other place where values are kept for all processes, and orbax uses it too.
@@ -23,6 +23,13 @@ FAR_MS = 7 * 24 * 3600 * 1000  # a wait that only an end of the run cuts short
 NETWORK_DISK_S = 30.0  # until what one process has written is seen by another
 LOOKS_AHEAD = 2  # dispatches: no process can be further ahead of another
 
+# Of the main thread, which alone agrees with the others.
+_asked = 0  # questions to the leader so far
+_met = 0  # times that all processes have told each other something
+_runs = 0  # that have begun in this process
+_alone = False  # within what the leader alone does
+_beaten: float | None = None  # when something was last finished
+
 
 def count() -> int:
   """Processes of the run."""
@@ -36,11 +43,6 @@ def index() -> int:
 def is_leader() -> bool:
   """Whether this process writes logs, and decides."""
   return index() == 0
-
-
-_asked = 0  # questions to the leader so far
-_met = 0  # times that all processes have told each other something
-_alone = False  # within what the leader alone does
 
 
 def from_leader(function: Callable[[], T]) -> T:
@@ -74,12 +76,27 @@ def from_leader(function: Callable[[], T]) -> T:
 def everyone(value: T) -> list[T]:
   """Each process's value, JSON, in the order of the processes; all wait for all."""
   global _met
-  if count() == 1:
+  if count() == 1 or _alone:
     return [value]
   _met += 1
   store = client()
   store.key_value_set(f'value/{_met}/{index()}', json.dumps(value))
   return [json.loads(store.blocking_key_value_get(f'value/{_met}/{i}', FAR_MS)) for i in range(count())]
+
+
+def tell(name: str, value: Any) -> None:
+  """Leaves a value, JSON, for `told`; any thread may. No process uses a name twice."""
+  client().key_value_set(f'told/{name}/{index()}', json.dumps(value))
+
+
+def told(name: str) -> list[Any]:
+  """What each process has left, or will leave, under a name."""
+  return [json.loads(client().blocking_key_value_get(f'told/{name}/{i}', FAR_MS)) for i in range(count())]
+
+
+def sharers() -> tuple[int, int]:
+  """Which of how many share what can be shared out: this process of all, or of itself where it works alone."""
+  return (0, 1) if _alone else (index(), count())
 
 
 def same(what: dict[str, Any]) -> None:
@@ -106,6 +123,9 @@ class Lockstep:
   """Has all processes stop after the same dispatch, whichever of them has a reason to: an exit code and its cause."""
 
   def __init__(self) -> None:
+    global _runs
+    _runs += 1
+    self._key = f'stop/{_runs}'
     self._dispatch = 0
     self._agreed: list[Any] | None = None  # dispatch, exit code, cause
 
@@ -113,7 +133,8 @@ class Lockstep:
     """Called after each dispatch, on every process, with this one's reason, if it has one; gives the agreed one in its time.
 
     A process that has a reason asks for a stop `LOOKS_AHEAD` dispatches later. By then all others have seen it: none goes out
-    with a dispatch before it has read the results of the one before the last, which need every process.
+    with a dispatch before it has read the results of the one before the last, which need every process. It costs a question to the
+    coordinator, about a millisecond.
     """
     self._dispatch += 1
     if count() == 1:
@@ -121,10 +142,10 @@ class Lockstep:
     store = client()
     if own is not None and self._agreed is None:
       with contextlib.suppress(RuntimeError):  # another process was first
-        store.key_value_set('stop', json.dumps([self._dispatch + LOOKS_AHEAD, *own]), allow_overwrite=False)
+        store.key_value_set(self._key, json.dumps([self._dispatch + LOOKS_AHEAD, *own]), allow_overwrite=False)
     if self._agreed is None:
       try:
-        self._agreed = json.loads(store.key_value_try_get('stop'))
+        self._agreed = json.loads(store.key_value_try_get(self._key))
       except RuntimeError:  # nobody wants to
         return None
     dispatch, code, cause = self._agreed
@@ -138,19 +159,36 @@ def as_error(code: int, told: str) -> errors.RunError:
   return next((kind(told) for kind in KINDS if kind.exit_code == code), errors.MachineFailed(told))
 
 
-# The beat of a run, which `launch` listens to.
-
-_beaten: float | None = None  # when something was last finished
-
-
-def beat() -> None:
-  """Something is finished: a step, a batch, a save. From the first time on, too long without is a hang."""
+def begin_beating() -> None:
+  """A step is finished: from here on, too long without a `beat` is a hang (`launch`)."""
   global _beaten
   _beaten = time.monotonic()
 
 
+def beat() -> None:
+  """Something is finished: a batch, a save."""
+  if _beaten is not None:
+    begin_beating()
+
+
+def rest() -> None:
+  """No beat is to be expected."""
+  global _beaten
+  _beaten = None
+
+
+@contextlib.contextmanager
+def resting() -> Iterator[None]:
+  """Within it no beat is to be expected: what is waited for has a limit of its own."""
+  beating = _beaten is not None
+  rest()
+  yield
+  if beating:
+    begin_beating()
+
+
 def last_beat() -> float | None:
-  """When something was last finished; None before the first time."""
+  """When something was last finished; None where no beat is to be expected."""
   return _beaten
 
 

@@ -7,15 +7,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from textgen_jax import assembly, sharding, signals
+from textgen_jax import assembly, processes, sharding, signals
 from textgen_jax.data import prefetch
 from textgen_jax.training import checkpoints, health, state, step
 
 
 def nearest(parts: assembly.Parts, kept: checkpoints.Checkpoints, number: int) -> state.TrainState:
   """The state of the newest kept step that can be read and is at most `number`; where there is none, that before the first step."""
-  found = kept.first_good([one for one in reversed(kept.steps()) if one <= number])
-  return parts.fresh() if found is None else kept.restore(found, checkpoints.with_shardings(parts.abstract, parts.shardings))
+  with processes.resting():
+    found = kept.first_good([one for one in reversed(kept.steps()) if one <= number])
+    return parts.fresh() if found is None else kept.restore(found, checkpoints.with_shardings(parts.abstract, parts.shardings))
 
 
 def advance(
@@ -46,6 +47,7 @@ def advance(
     for taken in ahead:
       train_state, sums = compiled(train_state, *taken)
       jax.block_until_ready(before)  # two dispatches in flight, as in training
+      processes.beat()
       before = sums
       if stopped and stopped.number:
         break

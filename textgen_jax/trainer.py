@@ -37,6 +37,8 @@ def train(experiment: experiment_lib.Experiment, directory: str | os.PathLike, h
   Returns:
     The final score on the whole val split.
 
+  Under `jax.distributed` all processes call it alike. After `launch.join`, as in train.py, what ends one of them ends each, by `os._exit`.
+
   Raises:
     UserError: wrong input; nothing was written to the workdir.
     Diverged: no update was applied for `training.max_skipped_steps` in a row, or rollbacks didn't get past a spike.
@@ -51,7 +53,7 @@ def train(experiment: experiment_lib.Experiment, directory: str | os.PathLike, h
     with contextlib.ExitStack() as stack:
       stop = stack.enter_context(signals.caught())
       with launch.together():
-        with launch.alike():
+        with launch.alike(stack.close):
           trainer = _begin(experiment, directory, hook, stop, began, stack)
         return trainer.finish(trainer.run(stack))
   except OSError as error:
@@ -76,12 +78,12 @@ def _begin(
   if stands:  # what another trainer is writing would look damaged
     processes.from_leader(lock)
   parts = assembly.Parts(experiment, directory, hook)
+  processes.same({"the data's fingerprint": parts.fingerprint, "the tokenizer's": parts.tokenizer.fingerprint(), 'jax': jax.__version__})
   if not stands:
     processes.from_leader(lock)
     if workdir.stored_steps(directory):  # another trainer was here since we looked
       parts = assembly.Parts(experiment, directory, hook)
   processes.all_see(directory / workdir.LOCK)
-  processes.same({"the data's fingerprint": parts.fingerprint, "the tokenizer's": parts.tokenizer.fingerprint(), 'jax': jax.__version__})
   return _Trainer(parts, directory, stop, began)
 
 
@@ -167,7 +169,7 @@ class _Trainer:
     if processes.count() > 1:
       progress.say(f'{processes.count()} processes, {jax.device_count()} devices: {sharding.told(parts.mesh)}')
     if self.config.sample_tokens and not self.can_sample(train_state):
-      progress.say('no samples on the way: parameters are split over processes; sample.py reads them from a checkpoint')
+      progress.say('no samples on the way: parameters are split over devices of several processes; sample.py reads them from a checkpoint')
     return train_state, first or 0
 
   def loop(self, compiled: Any, train_state: state.TrainState, first: int) -> state.TrainState:
@@ -215,7 +217,7 @@ class _Trainer:
     """Waits for a dispatch's steps, logs those that are due, and looks at each."""
     c = self.config
     jax.block_until_ready(sums)
-    processes.beat()
+    processes.begin_beating()
     began, self.read_at = self.read_at, time.monotonic()
     for done, one in zip(span, step.each(sums, len(span)), strict=True):
       if done % c.log_every_steps == 0 or done == c.num_steps:
@@ -270,6 +272,7 @@ class _Trainer:
     began = time.monotonic()
     processes.from_leader(self.check_stands)
     self.kept.save(done, train_state, self.about)
+    self.writer.flush()
     self.stop.release(self.saved(done), self.settle)
     # A signal that came before the release has left it to us.
     if reason := self.reason or self.own_reason(done):
@@ -277,7 +280,6 @@ class _Trainer:
         self.kept.wait()
       else:  # the others are elsewhere, and deleting is done by all
         self.kept.settle()
-      self.writer.flush()
       code, cause = reason
       raise processes.as_error(code, f'{cause}: {self.saved(done)}')
     if self.evaluates(done):

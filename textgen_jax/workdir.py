@@ -51,7 +51,7 @@ def load(workdir: str | os.PathLike, checkpoint: str = 'best') -> Trained:
   if not stored_steps(path):
     raise errors.UserError(f'workdir={str(path)!r}: no checkpoint was ever written there')
   kept = checkpoints.Checkpoints(path, read_only=True)
-  step = processes.from_leader(lambda: _choose(kept, checkpoint, path))
+  step = _choose(kept, checkpoint, path)
   about = kept.about(step)
   where = f'{path}/checkpoints/{step}'
   experiment, fingerprint = described(about, where)
@@ -73,8 +73,8 @@ def load(workdir: str | os.PathLike, checkpoint: str = 'best') -> Trained:
 
 
 def _choose(kept: checkpoints.Checkpoints, checkpoint: str, path: pathlib.Path) -> int:
-  steps = kept.steps()
-  if checkpoint == 'best' and (best := kept.first_good(kept.best_steps(), checkpoints.TO_SAMPLE)) is not None:
+  steps = processes.from_leader(kept.steps)
+  if checkpoint == 'best' and (best := kept.first_good(processes.from_leader(kept.best_steps), checkpoints.TO_SAMPLE)) is not None:
     return best
   if checkpoint in ('best', 'latest'):
     latest = kept.newest_good(checkpoints.TO_SAMPLE)

@@ -19,9 +19,10 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture
-def running(cluster, tmp_path):
-  """Two processes in the middle of training."""
-  started = cluster.start(tmp_path / 'run', 2, LONG, f'--hang_timeout_s={HANG_S}', '--config.training.eval_every_steps=0')
+def running(request, cluster, tmp_path):
+  """Two processes in the middle of training; a parameter of the fixture is more flags."""
+  more = [LONG, f'--hang_timeout_s={HANG_S}', '--config.training.eval_every_steps=0', *getattr(request, 'param', ())]
+  started = cluster.start(tmp_path / 'run', 2, *more)
   assert started[0].until(lambda: fault_runs.logged_step(tmp_path / 'run') >= 15), '\n'.join(one.said()[-2000:] for one in started)
   yield started
   for one in started:
@@ -65,20 +66,24 @@ def test_an_absent_process_ends_the_others_at_the_stated_time(cluster, tmp_path)
   for i in (0, 1):
     (alone,) = cluster.start(tmp_path / 'run', 2, '--join_timeout_s=3', only=[i])
     code, seconds = process_runs.seconds_until_end(alone)
-    assert code == FAILED, alone.said()[-3000:]  # its start, which is no part of the 3
+    assert code == FAILED, alone.said()[-3000:]
     assert seconds < 3 + 12, alone.said()[-3000:]  # its start, which is no part of the 3
     assert '--join_timeout_s=3' in alone.said()
 
 
-@pytest.mark.parametrize('told', [0, 1])
-def test_a_sigterm_to_one_saves_the_same_step_on_both(running, tmp_path, told):
-  running[told].send(signal.SIGTERM)
+@pytest.mark.parametrize(
+  ('told', 'number', 'running'),
+  [(0, signal.SIGTERM, ()), (1, signal.SIGINT, ('--config.training.steps_per_dispatch=4',))],
+  indirect=['running'],
+)
+def test_a_signal_to_one_saves_the_same_step_on_both(running, tmp_path, told, number):
+  running[told].send(number)
   codes = [one.wait() for one in running]
-  assert codes == [143, 143], '\n'.join(one.said()[-3000:] for one in running)
+  assert codes == [128 + number] * 2, '\n'.join(one.said()[-3000:] for one in running)
   saved = fault_runs.saved_steps(tmp_path / 'run')[-1]
   assert saved == fault_runs.logged_step(tmp_path / 'run')
   for one in running:
-    assert f'SIGTERM: step {saved} is saved in' in one.said()
+    assert f'{number.name}: step {saved} is saved in' in one.said()
 
 
 def test_processes_with_other_settings_do_not_begin(cluster, tmp_path):

@@ -313,3 +313,18 @@ def test_a_damaged_score_is_named_and_is_none(tmp_path, capfd):
   path.write_text(path.read_text().replace('1.0', '9.0'))
   assert kept.best_steps() == [2]
   assert '1/score.json is damaged' in capfd.readouterr().err
+
+
+def test_what_is_measured_holds_of_files_that_were_not_changed_since(tmp_path):
+  folder = tmp_path / '7'
+  (folder / 'params').mkdir(parents=True)
+  for name in ('a', 'b'):
+    (folder / 'params' / name).write_text(name)
+  known = integrity.measured(folder, 'params/*')
+  assert sorted(known) == ['params/a', 'params/b']
+  known['params/a'][1] = 'taken as it was told'
+  known['params/b'][2] -= 1  # changed after it was measured
+  integrity.seal(folder, '7', known)
+  assert integrity.problem(folder, ['params']) == 'params/a is damaged: its SHA-256 is not the sealed one'
+  assert integrity.problem(folder, ['params'], share=(1, 2)) is None  # b alone
+  assert integrity.problem(folder, ['params'], share=(0, 2)) is not None

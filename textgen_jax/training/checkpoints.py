@@ -1,6 +1,7 @@
 """Checkpoints that know whether they are whole: params apart from the rest, with what is needed to read them."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -19,7 +20,9 @@ TO_SAMPLE = ('params', 'about')
 TO_TRAIN = ('params', 'state', 'about')
 ABOUT_FILE = 'about/metadata'  # as orbax names it
 SCORE = 'score.json'  # in a step's folder, written when the step was evaluated: after its manifest
+SAVE_S = 3600  # after which a save has failed: several processes wait no longer for each other's files
 STRAGGLERS_S = 5.0  # to wait for what still writes after a save has failed
+_COUNTER = itertools.count()  # of the process's Checkpoints: alike in all processes
 LEFTOVERS = ('*.orbax-checkpoint-tmp*', '*.deleted')  # of a process that was killed while it saved or deleted
 
 
@@ -32,8 +35,8 @@ class Checkpoints:
   fingerprint of what the batches are made of, every leaf's shape and dtype) and the manifest of their files, committed by one
   rename. A step is read only where it is as it was written.
 
-  Several processes save and read together, in one folder that all of them see. The leader alone looks whether steps are whole, and
-  deletes; the others hear of it.
+  Several processes save and read together, in one folder that all of them see. Each measures the files that it has written, and looks at
+  its share of those that are to be read; the leader alone deletes.
   """
 
   def __init__(self, workdir: pathlib.Path, keep_latest: int = 1, keep_every: int = 0, keep_behind: int = 0, read_only: bool = False):
@@ -50,8 +53,11 @@ class Checkpoints:
     self._checkpointer = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(**handlers),
       # Called on the complete folder before the rename that commits it, without arguments.
-      async_options=ocp.options.AsyncOptions(post_finalization_callback=self._seal),
+      async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_S, post_finalization_callback=self._seal, barrier_sync_fn=self._meet),
     )
+    self._barrier = ocp.multihost.get_barrier_sync_fn()
+    self._name = f'{self._directory}#{next(_COUNTER)}'  # which no other has
+    self._saves = 0  # begun by this process
     if not read_only:
       processes.from_leader(self._begin)
 
@@ -67,6 +73,7 @@ class Checkpoints:
     args = _orbax().args
     items = {'params': train_state.params, 'state': rest(train_state)}
     self._saving = self._begun = step
+    self._saves += 1
     self._failure = ''
     try:
       self._checkpointer.save(
@@ -80,9 +87,22 @@ class Checkpoints:
     except Exception as error:  # as in settle
       raise self._failed(error) from error
 
+  def _meet(self, *, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier, in a thread of its own. Once all files are written each process measures its own, which memory may still hold."""
+    self._barrier(key=key, timeout_ms=timeout_ms)
+    if 'async_write_complete' in key:
+      own = integrity.measured(self._folder(), f'*/ocdbt.process_{processes.index()}/**/*')
+      processes.tell(f'{self._name}/{self._saves}', own)
+
   def _seal(self) -> None:
+    known: integrity.Measures = {}
+    for of_one in processes.told(f'{self._name}/{self._saves}') if processes.count() > 1 else ():
+      known |= of_one
+    integrity.seal(self._folder(), str(self._saving), known)
+
+  def _folder(self) -> pathlib.Path:
     (folder,) = self._directory.glob(f'{self._saving}.orbax-checkpoint-tmp*')
-    integrity.seal(folder, str(self._saving))
+    return folder
 
   def check(self) -> None:
     """Raises what a save in the background failed with."""
@@ -94,7 +114,8 @@ class Checkpoints:
   def settle(self) -> None:
     """Until what was begun is on disk; raises what the save failed with. Any thread may wait."""
     try:
-      self._checkpointer.wait_until_finished()
+      with processes.resting():
+        self._checkpointer.wait_until_finished()
     except Exception as error:  # orbax raises nearly anything
       raise self._failed(error) from error
 
@@ -103,7 +124,6 @@ class Checkpoints:
     self.settle()
     if self._saving is not None:
       self._saving = None
-      processes.beat()
       processes.from_leader(self._prune)
 
   def _failed(self, error: Exception) -> errors.MachineFailed:
@@ -115,7 +135,10 @@ class Checkpoints:
     return errors.MachineFailed(self._failure)
 
   def close(self) -> None:
-    self.wait()
+    if processes.count() == 1:
+      self.wait()
+    else:  # the others may be elsewhere, and deleting is done by all
+      self.settle()
     self._checkpointer.close()
 
   def score(self, step: int, val_loss: float) -> None:
@@ -164,16 +187,15 @@ class Checkpoints:
     return self._problems[step, items]
 
   def _look(self, step: int, items: tuple[str, ...]) -> str | None:
-    found = integrity.problem(self._directory / str(step), items)
+    shares = processes.everyone(integrity.problem(self._directory / str(step), items, processes.sharers()))
+    found = next(filter(None, shares), None)
     if found is None and (version := self._read_about(step).get('format')) != FORMAT:
       return f'it is of format {version}, and this version reads {FORMAT}'
     return found
 
   def first_good(self, steps: list[int], items: tuple[str, ...] = TO_TRAIN) -> int | None:
     """The first that is whole; those before it are named."""
-    return processes.from_leader(lambda: self._first_good(steps, items))
-
-  def _first_good(self, steps: list[int], items: tuple[str, ...]) -> int | None:
+    steps = processes.from_leader(lambda: steps)
     for step in steps:
       found = self.problem(step, items)
       if found is None:
@@ -187,11 +209,8 @@ class Checkpoints:
     Raises:
       NoGoodCheckpoint: there are steps, and none is whole.
     """
-    return processes.from_leader(lambda: self._newest_good(items))
-
-  def _newest_good(self, items: tuple[str, ...]) -> int | None:
-    steps = self.steps()[::-1]
-    step = self._first_good(steps, items)
+    steps = processes.from_leader(self.steps)[::-1]
+    step = self.first_good(steps, items)
     if step is None and steps:
       why = f'{steps[0]}: {self.problem(steps[0], items)}'
       raise errors.NoGoodCheckpoint(f'{self._directory}: none of its {len(steps)} checkpoints is good; {why}')
@@ -242,7 +261,7 @@ class Checkpoints:
         _remove(path)
 
   def about(self, step: int) -> dict[str, Any]:
-    if found := processes.from_leader(lambda: self.problem(step, TO_SAMPLE)):
+    if found := self.problem(step, TO_SAMPLE):
       raise errors.NoGoodCheckpoint(f'{self._directory}/{step}: {found}')
     return self._read_about(step)
 
@@ -278,7 +297,9 @@ class Checkpoints:
     try:
       return self._checkpointer.restore(self._directory / str(step), args=_orbax().args.Composite(**args))
     except Exception as error:  # orbax raises nearly anything on damaged files
-      raise errors.NoGoodCheckpoint(f'{self._directory}/{step}: the checkpoint could not be read: {first_line(error)}') from error
+      # Where processes have found it whole together, it is the machine that fails one of them.
+      kind = errors.NoGoodCheckpoint if processes.count() == 1 else errors.MachineFailed
+      raise kind(f'{self._directory}/{step}: the checkpoint could not be read: {first_line(error)}') from error
 
 
 def _orbax() -> Any:

@@ -14,17 +14,42 @@ MAX_MANIFEST_BYTES = 1 << 26  # of a checkpoint in 400,000 files
 UNSEALED = ('_CHECKPOINT_METADATA', 'commit_success.txt')
 
 
-def seal(folder: pathlib.Path, name: str) -> None:
-  """Writes the manifest of all files below `folder`: their sizes and SHA-256, and the name that the folder is about to bear."""
-  names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file())
-  hashed = [name for name in names if name.rpartition('/')[2] not in UNSEALED]
+Measures = dict[str, list[Any]]  # a file's size, SHA-256 and time of change (ns), by its name below the folder
+
+
+def measured(folder: pathlib.Path, pattern: str = '**/*') -> Measures:
+  """The files below `folder` whose names match, but for those that aren't sealed."""
+  names = _names(folder, pattern)
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    sums = dict(zip(hashed, pool.map(lambda name: _measure(folder / name), hashed), strict=True))
-  write_sealed(folder / MANIFEST, {'name': name, 'files': sums})
+    return dict(zip(names, pool.map(lambda name: [*_measure(folder / name), _changed(folder / name)], names), strict=True))
 
 
-def problem(folder: pathlib.Path, items: Sequence[str]) -> str | None:
-  """What is wrong with the `items` (subfolders) of a sealed folder, naming the file; None where each bit is as it was sealed."""
+def _names(folder: pathlib.Path, pattern: str) -> list[str]:
+  names = (path.relative_to(folder).as_posix() for path in folder.glob(pattern) if path.is_file())
+  return sorted(name for name in names if name.rpartition('/')[2] not in UNSEALED)
+
+
+def seal(folder: pathlib.Path, name: str, known: Measures | None = None) -> None:
+  """Writes the manifest of all files below `folder`: their sizes and SHA-256, and the name that the folder is about to bear.
+
+  Args:
+    folder: with all its files.
+    name: what it will be called.
+    known: what is measured already; it holds of files that weren't changed since.
+  """
+  known = known or {}
+  names = _names(folder, '**/*')
+  new = [name for name in names if name not in known or [(folder / name).stat().st_size, _changed(folder / name)] != known[name][::2]]
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    sums = dict(zip(new, pool.map(lambda name: _measure(folder / name), new), strict=True))
+  write_sealed(folder / MANIFEST, {'name': name, 'files': {name: sums[name] if name in sums else known[name][:2] for name in names}})
+
+
+def problem(folder: pathlib.Path, items: Sequence[str], share: tuple[int, int] = (0, 1)) -> str | None:
+  """What is wrong with the `items` (subfolders) of a sealed folder, naming the file; None where each bit is as it was sealed.
+
+  A `share` (i, n) is the i-th of n parts of the files, to be read by one of n processes; all sizes are compared in any case.
+  """
   if folder.is_symlink():
     return 'it is a link'
   try:
@@ -44,8 +69,9 @@ def problem(folder: pathlib.Path, items: Sequence[str]) -> str | None:
       return f'{name} is missing'
     if found.stat().st_size != size:
       return f'{name} has {found.stat().st_size} bytes, not {size}'
+  own = sorted(wanted)[share[0] :: share[1]]
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    for name, found in zip(wanted, pool.map(lambda name: _try_measure(folder / name), wanted), strict=True):
+    for name, found in zip(own, pool.map(lambda name: _try_measure(folder / name), own), strict=True):
       if found != wanted[name]:
         return f'{name} is damaged: {found}' if isinstance(found, str) else f'{name} is damaged: its SHA-256 is not the sealed one'
   return None
@@ -83,6 +109,10 @@ def read_sealed(path: pathlib.Path) -> Any:
 def _measure(path: pathlib.Path) -> list[Any]:
   with path.open('rb') as file:
     return [os.fstat(file.fileno()).st_size, hashlib.file_digest(file, 'sha256').hexdigest()]
+
+
+def _changed(path: pathlib.Path) -> int:
+  return path.stat().st_mtime_ns
 
 
 def _try_measure(path: pathlib.Path) -> list[Any] | str:
