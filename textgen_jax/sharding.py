@@ -190,12 +190,12 @@ def one_copy(params: Any) -> Any:
   return jax.tree.map(lambda x: x.addressable_data(0), params)
 
 
-def is_local(x: jax.Array) -> bool:
+def is_local(x: jax.Array | np.ndarray) -> bool:
   """Whether this process can read all of an array by itself."""
-  return x.is_fully_addressable or x.is_fully_replicated
+  return isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated
 
 
-def to_host(x: jax.Array) -> np.ndarray:
+def to_host(x: jax.Array | np.ndarray) -> np.ndarray:
   """The whole array; where processes hold parts of it each gets those of the others, so all have to ask."""
   if is_local(x):
     return np.asarray(x)

@@ -77,14 +77,15 @@ def _begin(
   stands = processes.from_leader(directory.is_dir)
   if stands:  # what another trainer is writing would look damaged
     processes.from_leader(lock)
-  parts = assembly.Parts(experiment, directory, hook)
-  processes.same({"the data's fingerprint": parts.fingerprint, "the tokenizer's": parts.tokenizer.fingerprint(), 'jax': jax.__version__})
+  trainer = _Trainer(assembly.Parts(experiment, directory, hook), directory, stop, began)
+  text = {"the data's fingerprint": trainer.parts.fingerprint, "the tokenizer's": trainer.parts.tokenizer.fingerprint()}
+  processes.same(text | {'jax': jax.__version__})
   if not stands:
     processes.from_leader(lock)
     if workdir.stored_steps(directory):  # another trainer was here since we looked
-      parts = assembly.Parts(experiment, directory, hook)
+      trainer = _Trainer(assembly.Parts(experiment, directory, hook), directory, stop, began)
   processes.all_see(directory / workdir.LOCK)
-  return _Trainer(parts, directory, stop, began)
+  return trainer
 
 
 class _Trainer:
