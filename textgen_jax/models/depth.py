@@ -36,10 +36,10 @@ def scan(
   x_BTD: jax.Array,
   *inputs: Any,
 ) -> jax.Array:
-  """`blocks` one after another, as a loop whose program is that of one block, so that it compiles in the same time for any number.
+  """`blocks` one after another, as a loop: their program is that of one block, however many they are.
 
-  Parameters stay each block's own: they are stacked at each call, which takes a copy of them. What blocks sow is theirs
-  as well. Dropout takes others than without the loop. Blocks must do alike: none can know its number.
+  Parameters stay each block's own: they are stacked at each call, and so are their gradients, which takes a copy of both.
+  What blocks sow is theirs as well. Dropout takes others than without the loop. Blocks must do alike: none can know its number.
 
   Args:
     model: whose blocks they are, bound.

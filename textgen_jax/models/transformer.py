@@ -36,7 +36,7 @@ class TransformerConfig:
   init: str = 'zero_residual'  # zero_residual | gpt2
   dropout: float = 0.0  # of embeddings, attention weights and both branches' outputs
   remat: str = 'none'  # none | full (each block is computed again in the backward pass: less memory, a third more work) | dots (see REMAT)
-  scan_layers: bool = False  # one compiled block for all layers: the time to compile hardly grows with them
+  scan_layers: bool = False  # all layers as a loop: deep models compile sooner for GPUs, later for CPUs; takes a copy of them
   vocab_multiple: int = 1  # the vocabulary is padded to a multiple of it
   compute_dtype: str = 'auto'  # auto (bfloat16 on GPU and TPU, float32 on CPU) | float32 | bfloat16
 
