@@ -4,8 +4,8 @@
 
 Nobody has trained it yet. PLANNED
 
-Sizes, rates and batch are those of Llama 2's 70 B (Touvron et al. 2023, arXiv:2307.09288, section 2.2): 80 layers 8,192 wide, 8 groups of keys
-for 64 heads, 4 M tokens a step; it saw 2 T tokens, which are 477,000 steps.
+Sizes, rates and batch are those of Llama 2's 70 B (Touvron et al. 2023, arXiv:2307.09288, section 2.2): 80 layers 8,192 wide,
+8 groups of keys for 64 heads, 4 M tokens a step; it saw 2 T tokens, which are 477,000 steps.
 """
 
 from textgen_jax import experiment, sharding

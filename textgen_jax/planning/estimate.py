@@ -83,7 +83,7 @@ def make(experiment: experiment_lib.Experiment, vocab_size: int, topology: devic
       mesh=dict(parts.mesh.shape),
       vocab=footprint.vocabulary(parts),
       parameters=trees.count(parts.abstract.params),
-      non_embedding=sum(leaf.size for name, leaf in trees.named_leaves(parts.abstract.params) if not _is_table(name)),
+      non_embedding=sum(leaf.size for name, leaf in trees.named_leaves(parts.abstract.params) if not footprint.is_table(name)),
       flops_per_token=flops,
       tokens_per_step=c.batch_size * c.sequence_length,
       kernel=build.kernel_of(parts.model, c.sequence_length, c.mask_documents),
@@ -92,10 +92,6 @@ def make(experiment: experiment_lib.Experiment, vocab_size: int, topology: devic
       traffic=told,
       times=_times(parts, topology, flops * c.batch_size * c.sequence_length, taken, told),
     )
-
-
-def _is_table(name: str) -> bool:
-  return name.endswith('embedding') or name == 'unembedding/kernel'
 
 
 def _times(

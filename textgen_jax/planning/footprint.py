@@ -1,13 +1,15 @@
 """Bytes that one device holds in a training step: of the state exactly, of what the step makes by an estimate."""
 
+import collections
 import dataclasses
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
-from textgen_jax import axes, backend, program
+from textgen_jax import axes, backend, program, trees
 from textgen_jax.models import build
 from textgen_jax.training import losses
 
@@ -64,22 +66,24 @@ def device_bytes(abstract: Any, shardings: Any) -> int:
   return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in leaves)
 
 
+def is_table(name: str) -> bool:
+  """Whether a parameter has a row or column an id, or a place."""
+  return name.endswith('embedding') or name == 'unembedding/kernel'
+
+
 def of_step(parts: program.Program) -> Footprint:
   """To be called as the program is traced: in `backend.target` of its devices' kind."""
-  e, c, mesh = parts.experiment, parts.experiment.training, parts.mesh
+  e, c = parts.experiment, parts.experiment.training
   state, places = parts.abstract, parts.shardings
   one_copy = device_bytes(state.params, places.params)
   tokens = Tokens(c.batch_size // c.accumulation_steps // parts.row_ways, c.sequence_length)
   layer = layer_of(parts)
-  itemsize = compute_itemsize(e.model)
-  largest, whole = _gathered(parts)
-  del mesh, largest
   return Footprint(
     params=one_copy * (1 if state.trained is None else 2),
     optimizer=device_bytes(state.opt_state, places.opt_state),
     carry=device_bytes(state.carry, places.carry),
     gradients=one_copy * (2 if c.accumulation_steps > 1 else 1),
-    weights=whole if itemsize < FLOAT or parts.mesh.size > 1 else 0,
+    weights=weights_bytes(parts),
     activations=int(e.model.num_layers * layer.kept * tokens.count),
     working=int(layer.working * tokens.count),
     logits=logits_bytes(parts, tokens),
@@ -125,8 +129,8 @@ def layer_of(parts: program.Program) -> Layer:
 
 def remat_of(config: Any) -> str:
   """none | full | dots, of a field that may still be a bool."""
-  remat = getattr(config, 'remat', False)  # an LSTM has no such field
-  return {False: 'none', True: 'full'}.get(remat, remat)
+  remat: Any = getattr(config, 'remat', False)  # an LSTM has no such field
+  return str({False: 'none', True: 'full'}.get(remat, remat))
 
 
 def transformer_layer(config: Any, kernel: str, length: int, head_ways: int = 1, mlp_ways: int = 1) -> Layer:
@@ -163,13 +167,41 @@ def transformer_layer(config: Any, kernel: str, length: int, head_ways: int = 1,
 
 
 def lstm_layer(config: Any) -> Layer:
-  """What `models.recurrence` keeps: gates and cells in float32, hidden states; and the gates' gradient, in both types."""
+  """What `models.recurrence` keeps: gates and cells in float32, hidden states; and the gates' gradient, in both types.
+
+  XLA's GPU backend makes room for that gradient in all layers at once, before the first of them is made.
+  """
   size = compute_itemsize(config)
-  return Layer((4 * FLOAT + FLOAT + size) * config.dim, (4 * (FLOAT + size) + FLOAT) * config.dim)
+  slopes = 4 * FLOAT
+  dropped = (size + 1 if config.dropout else 0) + (4 * FLOAT + FLOAT + size)
+  early = slopes if backend.name() == 'gpu' else 0
+  return Layer((dropped + early) * config.dim, (slopes - early + 4 * size + FLOAT) * config.dim)
 
 
-def _gathered(parts: program.Program) -> tuple[int, int]:
-  """Bytes of the largest layer's weights, whole, and of all of them."""
+def weights_bytes(parts: program.Program) -> int:
+  """Copies of parameters for products, in their type.
+
+  Where each device has all that it multiplies, those of all layers. On an fsdp mesh, whole: the layer at work, the next one, which is
+  gathered meanwhile, and the gradient that is not yet scattered; and the tables, that of tokens looked up whole.
+  """
   itemsize = compute_itemsize(parts.experiment.model)
-  total = device_bytes(parts.abstract.params, parts.shardings.params) * itemsize // FLOAT
-  return total, total
+  leaves = zip(trees.named_leaves(parts.abstract.params), jax.tree.leaves(parts.shardings.params), strict=True)
+  modules: collections.Counter[str] = collections.Counter()
+  is_gathered, tables = False, 0
+  rows = parts.experiment.sharding.rules[axes.BATCH]
+  for (name, leaf), place in leaves:
+    split = {axis for axis in axes_of(place) if parts.mesh.shape[axis] > 1}
+    size = itemsize * leaf.size // math.prod(parts.mesh.shape[axis] for axis in split if axis not in rows)
+    is_gathered |= bool(split & set(rows))
+    if is_table(name):
+      tables += size
+    else:
+      modules[name.partition('/')[0]] += size
+  if not is_gathered:
+    return modules.total() + tables if itemsize < FLOAT else 0
+  return 3 * max(modules.values()) + tables
+
+
+def axes_of(place: NamedSharding) -> set[str]:
+  """The mesh axes that an array is split over."""
+  return {axis for split in place.spec if split for axis in ([split] if isinstance(split, str) else split)}

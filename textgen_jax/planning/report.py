@@ -114,7 +114,7 @@ def _compiled_lines(compiled: dict[str, Any]) -> list[str]:
   beside = '' if differs is None else f'; the estimate is {abs(differs):.0%} {"above" if differs > 0 else "below"}'
   lines = [f'compiled     in {compiled["seconds"]:.0f} s, peak {_gib(compiled["peak_bytes"]).strip()} GiB{beside}']
   for kind, said in compiled['collectives'].items():
-    lines.append(f'  {kind:20} {said["count"]:6} times {_gib(said["bytes"])} GiB')
+    lines.append(f'  {kind:20} {said["times"]:6} times {_gib(said["bytes"])} GiB')
   if count := compiled['involuntary_rematerializations']:
     lines.append(f'  XLA warns {count} times of involuntary full rematerialization: an array is copied whole to be split otherwise')
   return lines

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 
-from textgen_jax import axes, program, sharding, trees
+from textgen_jax import axes, backend, program, sharding, trees
 from textgen_jax.models import build
 from textgen_jax.planning import devices, footprint
 
@@ -47,26 +47,31 @@ _Part = tuple[str, tuple[str, ...], bool, float]  # kind, mesh axes, whether it 
 
 
 def _of_params(parts: program.Program) -> Iterable[_Part]:
-  """Split parameters are gathered for the forward pass and once more for the backward one, in the products' type; gradients are summed
-  where rows are split: each device gets its part, or all where the parameter is whole. Each micro-batch does so anew.
+  """Split parameters are gathered for the forward pass and once more for the backward one, in the products' type. Of tables, a TPU's
+  compiler gathers one copy; a GPU's gathers that of the output twice, and that of tokens in float32.
+
+  Gradients are summed where rows are split, those of tables in float32: each device gets its part, or all where the parameter is whole.
+  Each micro-batch does so anew.
   """
   c = parts.experiment.training
   rows = parts.experiment.sharding.rules[axes.BATCH]
   itemsize, times = footprint.compute_itemsize(parts.experiment.model), c.accumulation_steps
   leaves = zip(trees.named_leaves(parts.abstract.params), jax.tree.leaves(parts.shardings.params), strict=True)
   for (name, leaf), place in leaves:
-    split = _axes_of(place)
+    split = footprint.axes_of(place)
     gathered = tuple(axis for axis in sharding.MESH_AXES if axis in split and axis in rows)
     summed = tuple(axis for axis in sharding.MESH_AXES if axis not in split and axis in rows)
     kept = math.prod(parts.mesh.shape[axis] for axis in split if axis not in rows)
     whole = leaf.size / kept  # numbers, when it is gathered
+    is_kernel = name.endswith('kernel') and not footprint.is_table(name)
+    slope_size = itemsize if is_kernel else footprint.FLOAT
     if gathered:
-      yield 'all-gather', gathered, False, 2 * times * whole * itemsize
-      yield 'reduce-scatter', gathered, False, times * whole * footprint.FLOAT
+      yield 'all-gather', gathered, False, times * (2 if is_kernel or backend.name() == 'gpu' else 1) * whole * itemsize
+      yield 'reduce-scatter', gathered, False, times * whole * slope_size
     if summed:
       shard = whole / math.prod(parts.mesh.shape[axis] for axis in gathered)
-      yield 'all-reduce', summed, False, times * shard * footprint.FLOAT
-    if parts.experiment.optimizer.kind == 'muon' and leaf.ndim == 2 and name.endswith('kernel') and parts.mesh.size > 1:
+      yield 'all-reduce', summed, False, times * shard * slope_size
+    if parts.experiment.optimizer.kind == 'muon' and is_kernel and parts.mesh.size > 1:
       # Each device works on some of the matrices, whole, and hands on what it makes of them.
       yield 'all-gather', sharding.MESH_AXES, True, 2 * leaf.size * footprint.FLOAT
 
@@ -83,7 +88,3 @@ def _of_activations(parts: program.Program) -> Iterable[_Part]:
   residual = tokens * e.model.dim * footprint.compute_itemsize(e.model)
   passes = 3 if footprint.remat_of(e.model) == 'full' else 2
   yield 'all-reduce', tensor, True, (2 * passes * e.model.num_layers + 2) * residual
-
-
-def _axes_of(place: NamedSharding) -> set[str]:
-  return {axis for split in place.spec if split for axis in ([split] if isinstance(split, str) else split)}

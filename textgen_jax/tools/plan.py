@@ -54,8 +54,8 @@ def _main(argv: Sequence[str]) -> None:
   if values.format not in FORMATS:
     raise errors.not_among('format', values.format, FORMATS)
   for name in ('vocab_size', 'tokens'):
-    if values[name].value < 0:
-      raise errors.UserError(f'{name}={values[name].value} is below 0')
+    if getattr(values, name) < 0:
+      raise errors.UserError(f'{name}={getattr(values, name)} is below 0')
   from textgen_jax import experiment as experiment_lib
   from textgen_jax.planning import ahead, devices, estimate, report
 
