@@ -18,8 +18,8 @@ from textgen_jax.planning import ahead, devices, footprint
 from textgen_jax.tools import plan
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
-MESHES = {'data': (8, 1, 1), 'fsdp': (1, 8, 1), 'both': (2, 4, 1), 'all': (2, 2, 2), 'tensor': (1, 1, 8)}
-SMALL = {'dim': 64, 'num_layers': 2, 'vocab_multiple': 8}
+MESHES = {'transformer': {'data': (8, 1, 1), 'fsdp': (1, 8, 1), 'all': (2, 2, 2), 'tensor': (1, 1, 8)}, 'lstm': {'both': (2, 4, 1)}}
+SMALL = {'dim': 64, 'num_layers': 1, 'vocab_multiple': 8}
 
 
 def argv(kind, sizes, *more):
@@ -61,13 +61,13 @@ def main():
   ahead.stay_here(devices.parse('cpu:8'))
   jax.config.update('jax_disable_most_optimizations', True)
   found = {}
-  for kind in ('transformer', 'lstm'):
-    for name, sizes in MESHES.items():
+  for kind, meshes in MESHES.items():
+    for name, sizes in meshes.items():
       real, counted = state_bytes(kind, sizes)
       found[f'{kind} {name}'] = {'real': real, 'counted': counted}
-  for name in ('data', 'fsdp', 'tensor'):
+  for name in ('fsdp', 'tensor'):
     more = ('--topology=cpu:8', '--compile', '--format=json', '--vocab_size=257')
-    found[f'transformer {name}']['plan'] = planned(*argv('transformer', MESHES[name], *more))
+    found[f'transformer {name}']['plan'] = planned(*argv('transformer', MESHES['transformer'][name], *more))
   print(json.dumps(found))
 
 
