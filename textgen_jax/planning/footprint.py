@@ -152,7 +152,8 @@ def transformer_layer(config: Any, kernel: str, length: int, head_ways: int = 1,
   keys = (c.num_kv_heads or c.num_heads) * (c.dim // c.num_heads) / head_ways
   queries = c.dim / head_ways
   dropped = 2 * c.dim + (length * heads if kernel == 'plain' else 0) if c.dropout else 0  # masks, a byte each
-  products = queries + 2 * keys + (2 if c.activation == 'swiglu' else 1) * hidden  # what they give
+  ups = (2 if c.activation == 'swiglu' else 1) * hidden
+  products = queries + 2 * keys + ups  # what they give
   attention = {
     'plain': (FLOAT + size) * heads * length,
     'causal': size * heads * length / 2 + FLOAT * queries,
@@ -162,7 +163,7 @@ def transformer_layer(config: Any, kernel: str, length: int, head_ways: int = 1,
   everything = size * inside + attention + dropped
   kept = {'none': everything, 'full': 0.0, 'dots': size * (2 * c.dim + products)}[remat_of(c)]
   slopes = {'plain': 2 * FLOAT * heads * length, 'blocks': 4 * FLOAT * heads * min(length, BLOCK)}.get(kernel, 0.0)
-  working = everything - kept + size * max(products + hidden, 2 * c.dim) + slopes
+  working = everything - kept + size * max(ups, queries + 2 * keys) + slopes
   return Layer(size * c.dim + kept, working)
 
 
