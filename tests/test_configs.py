@@ -24,6 +24,15 @@ def test_config(path):
   assert f'configs/{path.name} --workdir=' in path.read_text()
 
 
+@pytest.mark.parametrize(('stored', 'remat'), [(False, 'none'), (True, 'full')])
+def test_what_was_stored_before_remat_was_a_name_is_read(stored, remat):
+  experiment = command_line.load_config(f'{conftest.CONFIGS}/debug.py')
+  content = experiment_lib.to_json(experiment)
+  content['model']['remat'] = stored
+  experiment.model.remat = remat
+  assert experiment_lib.from_json(content, 'x') == experiment
+
+
 @pytest.mark.parametrize(
   ('name', 'vocab_size', 'low', 'high'),
   [

@@ -77,6 +77,14 @@ def test_eight_devices_in_every_way(kind, mesh, found):
   assert {tuple(parts) for parts in tables.values()} == {(tensor, fsdp)}
 
 
+def test_a_loop_over_layers_gathers_one_at_a_time(found):
+  result = found[8]['wide scanned 2x2x2']
+  np.testing.assert_allclose(result['losses'], found[1]['wide scanned 1x1x1']['losses'], rtol=1e-5)
+  gathered = [[int(size) for size in shape.split(',')] for shape in result['gathered']]
+  assert any(len(shape) == 2 for shape in gathered)
+  assert not any(shape[0] == 3 for shape in gathered)  # the layers; nothing else is 3 long
+
+
 @pytest.mark.parametrize('kind', ['transformer', 'lstm'])
 def test_one_device_has_nobody_to_talk_to(kind, found):
   assert set(found[1][f'wide {kind} 1x1x1']['collectives'].values()) == {0}

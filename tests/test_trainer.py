@@ -157,6 +157,23 @@ def test_more_steps_go_on_as_if_asked_for_at_once(kind, make, tmp_path, capfd):
     assert column(parts, name) == column(whole, name)
 
 
+def test_a_run_goes_on_without_the_loop_over_its_layers(make, tmp_path, capfd):
+  def experiment(num_steps, **changes):
+    given = make('transformer', num_steps=num_steps, schedule_steps=6)
+    given.model = dataclasses.replace(given.model, num_layers=2, dropout=0.0, **changes)
+    return given
+
+  whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+  trainer.train(experiment(6), whole)
+  trainer.train(experiment(3, scan_layers=True, remat='full'), parts)
+  trainer.train(experiment(6), parts)
+  told = capfd.readouterr().err
+  assert "changed on resume: model.remat: 'full' -> 'none'" in told
+  assert 'changed on resume: model.scan_layers: True -> False' in told
+  for name in ('train/loss', 'train/grad_norm'):
+    np.testing.assert_allclose(list(column(parts, name).values()), list(column(whole, name).values()), rtol=1e-5)
+
+
 def test_a_finished_run_is_only_scored_again(make, tmp_path, capfd):
   first = trainer.train(make(), tmp_path)
   before = snapshot(tmp_path / 'checkpoints')

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import sys
 from unittest import mock
 
@@ -25,6 +26,7 @@ from textgen_jax.training import checkpoints, evaluate, losses, optimizer, step
 NUM_STEPS = 20
 COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 WIDE_MESHES = {1: [(1, 1, 1)], 8: [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]}
+SCANNED_MESHES = {1: [(1, 1, 1)], 8: [(2, 2, 2)]}
 # Tensor parallel: what lies between the residual stream's two ends is split, and the vocabulary.
 TENSOR_RULES = sharding.ShardingConfig().rules | {name: ['fsdp'] for name in ('vocab', 'heads', 'mlp', 'gates')} | {'embed': []}
 
@@ -34,6 +36,7 @@ def make(
 ):
   model = {
     'transformer': transformer.TransformerConfig(dim=dim, num_layers=1, num_heads=heads, vocab_multiple=8),
+    'scanned': transformer.TransformerConfig(dim=dim, num_layers=3, num_heads=heads, vocab_multiple=8, remat='full', scan_layers=True),
     'lstm': lstm.LSTMConfig(dim=dim, num_layers=1, vocab_multiple=8),
   }[kind]
   places = sharding.ShardingConfig(data=data, fsdp=fsdp, tensor=tensor)
@@ -77,7 +80,8 @@ def wide(kind, text, sizes):
   parts = assemble(experiment)
   program = parts.step.lower(checkpoints.with_shardings(parts.abstract, parts.shardings), *parts.inputs([0])).compile().as_text()
   said = {name: program.count(f' {name}(') + program.count(f' {name}-start(') for name in COLLECTIVES}
-  return losses_and_places(experiment) | {'collectives': said}
+  gathered = re.findall(r'\[([\d,]+)\][^=]* all-gather(?:-start)?\(', program)
+  return losses_and_places(experiment) | {'collectives': said, 'gathered': sorted(set(gathered))}
 
 
 def scores(experiment):
@@ -138,6 +142,8 @@ def main(num_devices, text, workdir):
   for sizes in WIDE_MESHES.get(num_devices, []):
     for kind in ('transformer', 'lstm'):
       found[f'wide {kind} {"x".join(map(str, sizes))}'] = wide(kind, text, sizes)
+  for sizes in SCANNED_MESHES.get(num_devices, []):
+    found[f'wide scanned {"x".join(map(str, sizes))}'] = wide('scanned', text, sizes)
   if num_devices == 8:
     print(json.dumps(found))
     return

@@ -61,8 +61,8 @@ class Experiment:
   training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
 
 
-# Fields that may differ when a run goes on: none changes a step but for rounding (mesh, kernel), which of an attention's weights dropout
-# takes (kernel), and what is done about spikes.
+# Fields that may differ when a run goes on: none changes a step but for rounding (mesh, kernel, remat, scan_layers), what dropout
+# takes (kernel, of an attention's weights; scan_layers), and what is done about spikes.
 # Where text and tokenizer lie isn't compared: that they are the same is told by their fingerprints.
 MAY_CHANGE = frozenset(
   ['time_limit_minutes', 'training.num_steps', 'training.keep_checkpoints', 'training.profile_steps', 'tokenizer.model_path']
@@ -71,7 +71,8 @@ MAY_CHANGE = frozenset(
   + [f'training.{name}' for name in ('eval_batch_size', 'sample_prompt', 'sample_temperatures', 'sample_tokens')]
   + ['training.steps_per_dispatch']
   + [f'training.{name}' for name in ('max_skipped_steps', 'spike_policy', 'spike_deviations', 'rollback_steps')]
-  + ['sharding.data', 'sharding.fsdp', 'sharding.tensor', 'sharding.cpu_devices', 'sharding.rules', 'model.attention_kernel']
+  + ['sharding.data', 'sharding.fsdp', 'sharding.tensor', 'sharding.cpu_devices', 'sharding.rules']
+  + ['model.attention_kernel', 'model.remat', 'model.scan_layers']
 )
 
 
@@ -225,6 +226,9 @@ def from_json(content: Any, source: str) -> Experiment:
   kind = content['model'].pop('kind', None)
   if not isinstance(kind, str) or kind not in build.CONFIGS:
     raise errors.UserError(f'{source}: model.kind={kind!r:.60} is none of {", ".join(build.CONFIGS)}')
+  remat = content['model'].get('remat')
+  if isinstance(remat, bool):  # what runs have stored that began before it was a name
+    content['model']['remat'] = 'full' if remat else 'none'
   experiment = Experiment(model=build.CONFIGS[kind]())
   _fill(experiment, content, source, '')
   check(experiment)

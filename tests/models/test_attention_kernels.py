@@ -150,7 +150,7 @@ def test_dropout_of_blocks(monkeypatch):
 
 # In a model.
 
-CONFIG = transformer.TransformerConfig(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, remat=True, compute_dtype='float32')
+CONFIG = transformer.TransformerConfig(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, remat='full', compute_dtype='float32')
 
 
 def read(model, params, tokens_BT, valid_BT, starts_BT):
@@ -188,7 +188,7 @@ def count_calls(monkeypatch, name):
 def test_which_calls_of_a_model_kernels_know(random_params, monkeypatch):
   asked, some_BT = count_calls(monkeypatch, 'blocks'), np.zeros((3, 24), bool)
   for context_length in (24, 9):
-    model = build.build(dataclasses.replace(CONFIG, attention_kernel='blocks', remat=False), 29, context_length)
+    model = build.build(dataclasses.replace(CONFIG, attention_kernel='blocks', remat='none'), 29, context_length)
     params = random_params(model)
     for valid_BT, starts_BT in ((None, None), (None, some_BT), (some_BT, None)):
       asked.clear()
@@ -210,7 +210,7 @@ def test_a_variant_is_never_passed_over(method, random_params, monkeypatch):
     return getattr(super(Variant, self), method)(*args)
 
   Variant = type('Variant', (attention.Attention,), {method: own})
-  config = dataclasses.replace(CONFIG, attention_kernel='blocks', remat=False)
+  config = dataclasses.replace(CONFIG, attention_kernel='blocks', remat='none')
   model = transformer.Transformer(config, 29, 24, Variant)
   params, asked = random_params(model), count_calls(monkeypatch, 'blocks')
   called.clear()

@@ -25,6 +25,7 @@ Transformer, LSTM = transformer.TransformerConfig, lstm.LSTMConfig
     (Transformer(activation='glu'), "model.activation='glu' is none of relu2, swiglu, gelu; did you mean"),
     (Transformer(attention='softmx'), "model.attention='softmx' is none of softmax; did you mean 'softmax'?"),
     (Transformer(init='gpt-2'), "model.init='gpt-2' is none of zero_residual, gpt2; did you mean 'gpt2'?"),
+    (Transformer(remat='dot'), "model.remat='dot' is none of none, full, dots; did you mean 'dots'?"),
     (Transformer(compute_dtype='float16'), "model.compute_dtype='float16' is none of auto, float32, bfloat16"),
     (Transformer(dim=0), 'model.dim=0 is below 1'),
     (Transformer(num_layers=0), 'model.num_layers=0 is below 1'),

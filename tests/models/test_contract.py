@@ -25,13 +25,15 @@ GPT2 = transformer.TransformerConfig(
   **SMALL, position='learned', norm='layer', activation='gelu', bias=True, tied_embedding=True, qk_norm=False, init='gpt2'
 )
 MODERN = transformer.TransformerConfig(**SMALL)
-GROUPED = transformer.TransformerConfig(**SMALL, num_kv_heads=2, hidden_dim=24, activation='swiglu', remat=True, logit_softcap=5.0)
+GROUPED = transformer.TransformerConfig(
+  **SMALL, num_kv_heads=2, hidden_dim=24, activation='swiglu', remat='full', scan_layers=True, logit_softcap=5.0
+)
 TIED_LSTM = lstm.LSTMConfig(dim=12, num_layers=2, compute_dtype='float32')
 UNTIED_LSTM = lstm.LSTMConfig(dim=12, num_layers=1, tied_embedding=False, compute_dtype='float32')
-CONFIGS = {'gpt2': GPT2, 'modern': MODERN, 'swiglu_grouped_remat': GROUPED, 'lstm_tied': TIED_LSTM, 'lstm_untied': UNTIED_LSTM}
+CONFIGS = {'gpt2': GPT2, 'modern': MODERN, 'swiglu_grouped_scanned': GROUPED, 'lstm_tied': TIED_LSTM, 'lstm_untied': UNTIED_LSTM}
 
 every_config = pytest.mark.parametrize('config', CONFIGS.values(), ids=CONFIGS)
-rotary_configs = pytest.mark.parametrize('config', [MODERN, GROUPED], ids=['modern', 'swiglu_grouped_remat'])
+rotary_configs = pytest.mark.parametrize('config', [MODERN, GROUPED], ids=['modern', 'swiglu_grouped_scanned'])
 
 
 # Compiles in a quarter of the time; nothing here runs for long.

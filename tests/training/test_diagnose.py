@@ -16,7 +16,8 @@ KEY = jax.random.PRNGKey(3)
 def build(kind):
   if kind == 'lstm':
     return lstm.LSTM(lstm.LSTMConfig(dim=8, num_layers=3, dropout=0.1, vocab_multiple=4), 11, 6)
-  config = transformer.TransformerConfig(dim=8, num_layers=2, num_heads=2, dropout=0.1, vocab_multiple=4, remat=kind == 'remat')
+  how = {'remat': {'remat': 'full'}, 'scan': {'scan_layers': True}, 'scan_remat': {'remat': 'dots', 'scan_layers': True}}.get(kind, {})
+  config = transformer.TransformerConfig(dim=8, num_layers=2, num_heads=2, dropout=0.1, vocab_multiple=4, **how)
   return transformer.Transformer(config, 11, 6)
 
 
@@ -42,6 +43,9 @@ def carry_of(model, rows):
     ('transformer', 'final_norm/scale', 'final_norm'),
     ('transformer', 'unembedding/kernel', 'unembedding'),
     ('remat', 'block_1/attention/output/kernel', 'block_1/attention/output'),
+    ('scan', 'block_1/attention/output/kernel', 'block_1/attention/output'),
+    ('scan_remat', 'block_0/mlp/down/kernel', 'block_0/mlp/down'),
+    ('scan', 'final_norm/scale', 'final_norm'),
     ('lstm', 'layer_1/input/kernel', 'layer_1/input'),
     ('lstm', 'layer_1/recurrent_kernel', 'layer_1'),  # inside the scan over time
   ],
@@ -54,10 +58,11 @@ def test_names_the_layer_whose_parameter_went_bad(kind, name, layer, value, make
   assert said == f"parameter {name} is not finite; the first activation that is not finite is {layer}'s"
 
 
-def test_numbers_that_overflow_in_a_layer_are_named_although_all_parameters_are_finite(make_params, make_batch):
-  model = build('transformer')
+@pytest.mark.parametrize('kind', ['transformer', 'scan'])
+def test_numbers_that_overflow_in_a_layer_are_named_although_all_parameters_are_finite(kind, make_params, make_batch):
+  model = build(kind)
   params = with_one(make_params(model), 'block_0/mlp/up/kernel', 3e30)  # its square isn't finite
-  said = finder('transformer')(params, None, make_batch(4), KEY)
+  said = finder(kind)(params, None, make_batch(4), KEY)
   assert said == "the first activation that is not finite is block_0/mlp/down's"
 
 

@@ -257,8 +257,9 @@ class EntropyAttention(attention.Attention):
     return super().collect(p_BHTS, v_BSGK, deterministic)
 
 
-def test_what_a_module_sows_reaches_the_hook(make_params, make_batch, make_state, recorder):
-  config = transformer.TransformerConfig(dim=16, num_layers=2, num_heads=2, remat=True)
+@pytest.mark.parametrize(('remat', 'scan_layers'), [('full', False), ('none', True), ('full', True)])
+def test_what_a_module_sows_reaches_the_hook(remat, scan_layers, make_params, make_batch, make_state, recorder):
+  config = transformer.TransformerConfig(dim=16, num_layers=2, num_heads=2, remat=remat, scan_layers=scan_layers)
   model = transformer.Transformer(config, 11, 6, EntropyAttention)
   seen: dict[str, Any] = {}
 

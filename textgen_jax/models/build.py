@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from textgen_jax import axes, errors
-from textgen_jax.models import attention, attention_kernels, base, layers, lstm, transformer
+from textgen_jax.models import attention, attention_kernels, base, depth, layers, lstm, transformer
 
 ModelConfig = transformer.TransformerConfig | lstm.LSTMConfig
 
@@ -33,6 +33,7 @@ CHOICES: dict[str, Collection[str]] = {
   'attention': ATTENTIONS,
   'attention_kernel': attention_kernels.KERNELS,
   'init': ('zero_residual', 'gpt2'),
+  'remat': depth.REMAT,
   'dropout_mask': ('token', 'sequence'),
   'compute_dtype': ('auto', 'float32', 'bfloat16'),
 }

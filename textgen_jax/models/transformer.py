@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import struct
 
 from textgen_jax import axes
-from textgen_jax.models import attention, attention_kernels, base, layers, rope
+from textgen_jax.models import attention, attention_kernels, base, depth, layers, rope
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -35,7 +35,8 @@ class TransformerConfig:
   logit_softcap: float = 0.0  # logits are squeezed between it and its negative; 0: they aren't
   init: str = 'zero_residual'  # zero_residual | gpt2
   dropout: float = 0.0  # of embeddings, attention weights and both branches' outputs
-  remat: bool = False  # recompute each block in the backward pass: less memory, about a third more time
+  remat: str = 'none'  # none | full (each block is computed again in the backward pass: less memory, a third more work) | dots (see REMAT)
+  scan_layers: bool = False  # one compiled block for all layers: the time to compile hardly grows with them
   vocab_multiple: int = 1  # the vocabulary is padded to a multiple of it
   compute_dtype: str = 'auto'  # auto (bfloat16 on GPU and TPU, float32 on CPU) | float32 | bfloat16
 
@@ -125,7 +126,7 @@ class Transformer(nn.Module):
     if c.position == 'learned':
       self.position = layers.Embed(self.context_length, c.dim, axes.POSITION, nn.initializers.normal(0.02), dtype, self.constrain)
     self.embed_dropout = nn.Dropout(c.dropout)
-    block = nn.remat(Block, static_argnums=(4,)) if c.remat else Block
+    block = depth.block_class(Block, c.remat)
     self.block = [block(c, self.attention_class, dtype, self.constrain) for _ in range(c.num_layers)]
     self.final_norm = norm(None, c, dtype)
     if not c.tied_embedding:
@@ -149,12 +150,22 @@ class Transformer(nn.Module):
     if self.slides:
       x_BTD = x_BTD + self.position(jnp.asarray(frame.position_BT))
     x_BTD = self.constrain(self.embed_dropout(x_BTD, deterministic=deterministic), layers.RESIDUAL)
+    if cache is None and self.config.scan_layers and not self.is_initializing():
+      return self.final_norm(self._scan(x_BTD, frame, deterministic)), None
     written = []
     for i, block in enumerate(self.block):
       x_BTD, layer = block(x_BTD, frame, None if cache is None else cache.layers[i], deterministic)
       written.append(layer)
     hidden_BTD = self.final_norm(x_BTD)
     return hidden_BTD, None if cache is None else dataclasses.replace(cache, layers=tuple(written))
+
+  def _scan(self, x_BTD: jax.Array, frame: attention.Frame, deterministic: bool) -> jax.Array:
+    c, dtype = self.config, layers.resolve_dtype(self.config.compute_dtype)
+
+    def make_block(scope: Any) -> nn.Module:
+      return Block(c, self.attention_class, dtype, self.constrain, parent=scope)
+
+    return depth.scan(self, self.block, make_block, c.remat, self.constrain, x_BTD, frame, None, deterministic)
 
   def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
     logits_BTV = self.embed.attend(hidden_BTD) if self.config.tied_embedding else self.unembedding(hidden_BTD)

@@ -4,6 +4,7 @@ The batch is run once more, outside of the step that was compiled to be fast: fo
 output in the order in which they were computed, and backward, with a flag for each parameter's gradient.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -87,8 +88,7 @@ def _watcher(order: list[tuple[str, int]]) -> Any:
     output = call(*args, **kwargs)
     module = context.module
     if context.method_name in WATCHED and module.path and module.sow(FLAGS, FLAGS, _finite(output)):
-      path = '/'.join(module.path)
-      order.append((path, sum(name == path for name, _ in order)))
+      order.append(('/'.join(module.path), len(module.get_variable(FLAGS, FLAGS)) - 1))
     return output
 
   return watch
@@ -96,6 +96,7 @@ def _watcher(order: list[tuple[str, int]]) -> Any:
 
 def _describe(found: Found, orders: Any, *, hooked: bool) -> str:
   """What isn't finite first, and '' where all is."""
+  orders = [_of_each_layer(order, found.params) for order in orders]
   causes = [f'parameter {name} is not finite' for name, good in trees.named_leaves(found.params) if not good][:1]
   if not found.carry:
     causes.append('the carried state is not finite')
@@ -111,6 +112,16 @@ def _describe(found: Found, orders: Any, *, hooked: bool) -> str:
   else:
     causes += _describe_gradients(found, [*orders[0], *orders[1]], hooked)
   return '; '.join(causes)
+
+
+def _of_each_layer(order: list[tuple[str, int]], params: Any) -> list[tuple[str, int]]:
+  """Calls in a loop over layers, whose paths bear a star for the layer's number, as those of one layer after another."""
+  found: list[tuple[str, int]] = []
+  for looped, calls in itertools.groupby(order, key=lambda call: '*' in call[0]):
+    part = list(calls)
+    layers = sum(name.startswith(part[0][0].partition('*')[0]) for name in params) if looped else 1
+    found += [(path.replace('*', str(n), 1), count) for n in range(layers) for path, count in part]
+  return found
 
 
 def _first_bad(flags: Any, order: list[tuple[str, int]]) -> str | None:
