@@ -34,7 +34,7 @@ def test_each_micro_batch_does_so_anew(make):
   assert twice['all-gather', 'fsdp'].bytes == pytest.approx(2 * once['all-gather', 'fsdp'].bytes, rel=1e-6)
 
 
-@pytest.mark.parametrize(('remat', 'passes'), [(False, 2), (True, 3)])
+@pytest.mark.parametrize(('remat', 'passes'), [('none', 2), ('dots', 2), ('full', 3)])
 def test_tensor_parallel_devices_sum_each_blocks_two_branches(remat, passes, make):
   _, found = told(make(fsdp=1, tensor=4, remat=remat))
   residual = 16 * 32 * 64 * 2  # rows, tokens, dim, bfloat16

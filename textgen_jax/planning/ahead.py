@@ -136,10 +136,16 @@ def compile_step(experiment: experiment_lib.Experiment, vocab_size: int, topolog
   """
   mesh = sharding.make_mesh(experiment.sharding, devices_of(topology))
   began = time.monotonic()
-  with backend.target(topology.device.kind), memory.explained('by the compiler'), _told() as told:
+  with backend.target(topology.device.kind), _told() as told:
     parts = program.Program(experiment, vocab_size, mesh)
     state = checkpoints.with_shardings(parts.abstract, parts.shardings)
-    executable: Any = parts.step.lower(state, *abstract_inputs(parts)).compile()
+    lowered = parts.step.lower(state, *abstract_inputs(parts))
+    try:
+      executable: Any = lowered.compile()
+    except RuntimeError as error:
+      if not errors.is_out_of_memory(error):
+        raise
+      raise errors.MachineFailed(f'XLA says {checkpoints.first_line(error)}') from error
   seconds = time.monotonic() - began
   if topology.device.kind == 'cpu':
     peak = memory.peak_bytes(executable)

@@ -128,9 +128,8 @@ def layer_of(parts: program.Program) -> Layer:
 
 
 def remat_of(config: Any) -> str:
-  """none | full | dots, of a field that may still be a bool."""
-  remat: Any = getattr(config, 'remat', False)  # an LSTM has no such field
-  return str({False: 'none', True: 'full'}.get(remat, remat))
+  """none | full | dots; an LSTM has no such field."""
+  return getattr(config, 'remat', 'none')
 
 
 def transformer_layer(config: Any, kernel: str, length: int, head_ways: int = 1, mlp_ways: int = 1) -> Layer:

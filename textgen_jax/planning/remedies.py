@@ -20,8 +20,14 @@ def advice(experiment: experiment_lib.Experiment, vocab_size: int, topology: dev
     vocab_size: ids of the tokenizer.
     topology: where it doesn't.
   """
+
+  def first(kind: list[Changes]) -> Changes | None:
+    if kind and not kind[-1].keys() & {'sharding.fsdp'} and not _fits(experiment, kind[-1], vocab_size, topology):
+      return None  # the last takes least; but a mesh may not divide a parameter
+    return next((one for one in kind if _fits(experiment, one, vocab_size, topology)), None)
+
   kinds = [list(kind(experiment, topology)) for kind in (_meshes, _remats, _micro_batches)]
-  found = [changes for kind in kinds if (changes := next((one for one in kind if _fits(experiment, one, vocab_size, topology)), None))]
+  found = list(filter(None, map(first, kinds)))
   if found:
     return 'would fit with: ' + '; or '.join(map(_told, found))
   together = _all(experiment, topology, {name: value for kind in kinds[:2] for changes in kind[-1:] for name, value in changes.items()})
@@ -76,9 +82,9 @@ def _meshes(experiment: experiment_lib.Experiment, topology: devices.Topology) -
 
 def _remats(experiment: experiment_lib.Experiment, topology: devices.Topology) -> Iterator[Changes]:
   del topology
-  model = experiment.model
-  if hasattr(model, 'remat') and footprint.remat_of(model) != 'full':
-    yield from ({'model.remat': value} for value in ((True,) if isinstance(model.remat, bool) else ('dots', 'full')))
+  choices = ('none', 'dots', 'full')  # the less is kept, the later
+  if hasattr(experiment.model, 'remat'):
+    yield from ({'model.remat': remat} for remat in choices[choices.index(footprint.remat_of(experiment.model)) + 1 :])
 
 
 def _micro_batches(experiment: experiment_lib.Experiment, topology: devices.Topology) -> Iterator[Changes]:
