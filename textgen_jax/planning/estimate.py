@@ -21,7 +21,8 @@ class Times:
   """Seconds of one step; None where the device's figures aren't known.
 
   products: at EFFICIENCY of the peak, those of `model.remat` included.
-  recurrence: an LSTM's weights read from memory at each token of a row, forward and backward.
+  recurrence: an LSTM's weights read from memory at each token of a row, forward and backward; the time that kernels take to start,
+    one after another, isn't known and isn't counted.
   update: the optimizer reads and writes the state and the gradients once, at the memory's bandwidth.
   hidden: gathering parameters and summing gradients, which products can go on beside.
   waited: what the next product waits for.
