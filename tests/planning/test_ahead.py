@@ -1,6 +1,7 @@
 """Compiling for what isn't here; most of it only where a compiler for it is installed."""
 
 import importlib.util
+import os
 
 import pytest
 
@@ -31,8 +32,6 @@ def test_a_step_compiles_for_a_tpu(make):
 
 
 def test_what_the_compiler_says_is_kept_from_the_terminal(capfd):
-  import os
-
   with ahead._told() as lines:
     os.write(2, b'one\nInvoluntary full rematerialization of x\n')
   assert lines == ['one', 'Involuntary full rematerialization of x']

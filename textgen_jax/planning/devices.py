@@ -51,11 +51,11 @@ DEVICES = {
   # docs.cloud.google.com/tpu/docs/v6e: 32 GB, 1,638 GB/s, 800 GB/s over 4 ports, both directions. XLA leaves programs 31.25 GiB.
   'v6e': Device('tpu', 'TPU v6e', int(31.25 * 2**30), 1638e9, 100e9, slices=_SQUARES, wrap=16),
   # NVIDIA A100 data sheet (SXM, 80 GB): 2,039 GB/s, NVLink 600 GB/s; DGX A100: a port of 200 Gb/s a GPU.
-  'a100': Device('gpu', 'NVIDIA A100-SXM4-80GB', 85_094_825_984, 2039e9, 300e9, 25e9),
-  # NVIDIA H100 data sheet (SXM, 80 GB): 3.35 TB/s, NVLink 900 GB/s; DGX H100: a port of 400 Gb/s a GPU.
+  'a100': Device('gpu', 'NVIDIA A100-SXM4-80GB', 80_000_000_000, 2039e9, 300e9, 25e9),
+  # NVIDIA H100 data sheet (SXM, 80 GB, of which XLA sees 79.1 GiB): 3.35 TB/s, NVLink 900 GB/s; DGX H100: a port of 400 Gb/s a GPU.
   'h100': Device('gpu', 'NVIDIA H100 80GB HBM3', 84_929_347_584, 3350e9, 450e9, 50e9),
   # NVIDIA H200 data sheet (SXM, 141 GB): 4.8 TB/s, NVLink 900 GB/s; DGX H200: a port of 400 Gb/s a GPU.
-  'h200': Device('gpu', 'NVIDIA H200', 150_121_545_728, 4800e9, 450e9, 50e9),
+  'h200': Device('gpu', 'NVIDIA H200', 141_000_000_000, 4800e9, 450e9, 50e9),
   # Processes of a test: nothing of their memory and speed is known.
   'cpu': Device('cpu', 'cpu', None, None, None),
 }
