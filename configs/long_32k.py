@@ -3,7 +3,7 @@
   python train.py --config=configs/long_32k.py --workdir=runs/long_32k --config.data.path='/data/books/*.txt.gz'
 
 Nobody has trained it yet. `python -m textgen_jax.tools.plan --config=configs/long_32k.py --topology=v5e:2x2` says: 4.9 GiB of
-15.75 on each COMPILED, and 21 s a step of 0.5 M tokens with products at half of the peak, 4.8 days; the masked
+15.75 on each (XLA, compiled without one: 5.0), and 21 s a step of 0.5 M tokens with products at half of the peak, 4.8 days; the masked
 half of attention is counted, which the kernel skips.
 
 The rotary base is that of Xiong et al. 2023, arXiv:2309.16039, section 2.1, whose models read as much; width and depth are
