@@ -24,6 +24,7 @@ ORDER = [
   {'program'},
   {'assembly', 'generator', 'interactive'},
   {'memory', 'rerun'},
+  {'planning'},
   {'watch'},
   {'trainer'},
   {'tools'},

@@ -193,19 +193,29 @@ def parse_experiment(argv: Sequence[str], values: flags.FlagValues | None = None
     UserError: names the flag or field, with the nearest that there is.
   """
   values = flags.FlagValues() if values is None else values
-  overrides = [arg for arg in argv[1:] if arg.lstrip('-').startswith('config.')]
-  others = [arg for arg in argv if arg not in overrides]
+  given = overrides(argv)
+  others = [arg for arg in argv if arg not in given]
   flags.DEFINE_string('config', None, 'a file of configs/', flag_values=values)
   flags.DEFINE_string('workdir', None, 'where the run lives', flag_values=values)
   parse_flags(values, others)
-  if not values.config:
-    raise errors.UserError('--config is missing: name a file, such as --config=configs/shakespeare_char.py')
-  if not values.workdir:
+  if values.config and not values.workdir:
     raise errors.UserError('--workdir is missing: name a directory for the run, such as --workdir=runs/shakespeare')
-  base = load_config(values.config)
-  for override in overrides:
+  return experiment_of(values.config, given), values.workdir
+
+
+def overrides(argv: Sequence[str]) -> list[str]:
+  """What of argv sets fields of a configuration: `--config.FIELD=VALUE`."""
+  return [arg for arg in argv[1:] if arg.lstrip('-').startswith('config.')]
+
+
+def experiment_of(path: str | None, given: Sequence[str]) -> 'experiment_lib.Experiment':
+  """The experiment of a config file with fields set by `overrides`; UserError as of `parse_experiment`."""
+  if not path:
+    raise errors.UserError('--config is missing: name a file, such as --config=configs/shakespeare_char.py')
+  base = load_config(path)
+  for override in given:
     _check_override(base, override)
-  return _apply(values.config, overrides), values.workdir
+  return _apply(path, given)
 
 
 def load_config(path: str) -> 'experiment_lib.Experiment':

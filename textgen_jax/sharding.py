@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from textgen_jax import axes, errors, processes, trees
 from textgen_jax.models import base
@@ -89,9 +89,8 @@ def _quota(path: str = '/sys/fs/cgroup/cpu.max') -> int:
     return MOST_CPU_DEVICES
 
 
-def make_mesh(config: ShardingConfig) -> Mesh:
-  """A mesh `data x fsdp x tensor` over all devices."""
-  count = jax.device_count()
+def mesh_shape(config: ShardingConfig, count: int) -> tuple[int, ...]:
+  """How many of `count` devices stand along each of MESH_AXES; raises UserError where the sizes make no mesh of them."""
   sizes = {name: getattr(config, name) for name in MESH_AXES}
   known = math.prod(size for size in sizes.values() if size != -1)
   if -1 in sizes.values() and count % known:
@@ -100,9 +99,19 @@ def make_mesh(config: ShardingConfig) -> Mesh:
   if -1 not in sizes.values() and known != count:
     told = ' x '.join(f'sharding.{name}={size}' for name, size in sizes.items())
     raise errors.UserError(f'{told} is not the number of devices, {count}')
-  shape = tuple(count // known if size == -1 else size for size in sizes.values())
+  return tuple(count // known if size == -1 else size for size in sizes.values())
+
+
+def make_mesh(config: ShardingConfig, devices: Sequence[Any] | None = None) -> Mesh:
+  """A mesh `data x fsdp x tensor` over `devices`, which need not be here; None: all that are."""
+  shape = mesh_shape(config, jax.device_count() if devices is None else len(devices))
   # The default axis type, Explicit, breaks linen's modules.
-  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def abstract_mesh(config: ShardingConfig, count: int) -> AbstractMesh:
+  """The same mesh of `count` devices that there are none of: shapes and shardings can be made for it, and nothing compiled."""
+  return AbstractMesh(mesh_shape(config, count), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def told(mesh: Mesh) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from textgen_jax import axes, backend
@@ -131,18 +132,28 @@ def splash(q_BTHK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, sight: Sight
   from jax.experimental.pallas.ops.tpu import splash_attention  # 0.06 s that no other start need wait for
 
   time, heads, head_dim = q_BTHK.shape[1:]
-  size = next(size for size in range(LARGEST_SPLASH_BLOCK, 0, -LANES) if time % size == 0)
-  sizes = splash_attention.BlockSizes(size, size, size, size, size, size, size, size)  # of queries and keys, forward and backward
-  if sight.window < time:
-    mask: Any = splash_attention.LocalMask((time, time), (sight.window - 1, 0), offset=0)
-  else:
-    mask = splash_attention.CausalMask((time, time))
-  kernel = splash_attention.make_splash_mha(
-    splash_attention.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
-  )
+  kernel = _splash_kernel(time, heads, min(sight.window, time), interpret)
   segments = None if sight.segment_BT is None else splash_attention.SegmentIds(sight.segment_BT, sight.segment_BT)
   q_BHTK = (q_BTHK * head_dim**-0.5).swapaxes(1, 2)
   return jax.vmap(kernel)(q_BHTK, k_BGSK, v_BGSK, segments).swapaxes(1, 2)
+
+
+@functools.lru_cache(maxsize=8)
+def _splash_kernel(time: int, heads: int, window: int, interpret: bool) -> Any:
+  """The kernel of such rows, once for all layers: of 32,768 tokens and 8 heads, which blocks its mask hides took 6 s to find."""
+  from jax.experimental.pallas.ops.tpu import splash_attention
+
+  size = next(size for size in range(LARGEST_SPLASH_BLOCK, 0, -LANES) if time % size == 0)
+  sizes = splash_attention.BlockSizes(size, size, size, size, size, size, size, size)  # of queries and keys, forward and backward
+  if window < time:
+    mask: Any = splash_attention.LocalMask((time, time), (window - 1, 0), offset=0)
+  else:
+    mask = splash_attention.CausalMask((time, time))
+  with jax.ensure_compile_time_eval():  # else its tables belong to the trace that is going on
+    kernel = splash_attention.make_splash_mha(
+      splash_attention.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
+  return jax.tree.map(np.asarray, kernel)
 
 
 def blocks(

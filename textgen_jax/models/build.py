@@ -104,6 +104,22 @@ def check_kernel(model: Any, length: int, segmented: bool) -> None:
   """
   if not isinstance(model, transformer.Transformer) or model.config.attention_kernel in ('auto', 'plain'):
     return
+  call, how = _training_call(model, length, segmented)
+  reason = attention_kernels.obstacle(model.config.attention_kernel, *call, **how)
+  if reason:
+    raise errors.UserError(f'model.attention_kernel={model.config.attention_kernel!r}: {reason}')
+
+
+def kernel_of(model: Any, length: int, segmented: bool) -> str:
+  """The attention kernel that `model.attention_kernel` comes to in training; empty for a model without attention. Arguments as above."""
+  if not isinstance(model, transformer.Transformer):
+    return ''
+  call, how = _training_call(model, length, segmented)
+  return attention_kernels.choose(model.config.attention_kernel, *call, **how)
+
+
+def _training_call(model: transformer.Transformer, length: int, segmented: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+  """What a kernel is given in training, abstract: queries, keys, sight and constrain; dropout, and whether mathematics are a variant's."""
   c = model.config
   head_dim, dtype = c.dim // c.num_heads, layers.resolve_dtype(c.compute_dtype)
   rows = model.constrain.ways(axes.BATCH) if hasattr(model.constrain, 'ways') else 1
@@ -111,11 +127,7 @@ def check_kernel(model: Any, length: int, segmented: bool) -> None:
   k_BGSK = jax.ShapeDtypeStruct((rows, c.num_kv_heads or c.num_heads, length, head_dim), dtype)
   sight = attention_kernels.Sight(model.window, jax.ShapeDtypeStruct((rows, length), 'int32') if segmented else None)
   changed = attention.has_own_mathematics(model.attention_class)
-  reason = attention_kernels.obstacle(
-    c.attention_kernel, q_BTHK, k_BGSK, sight, model.constrain, dropout=c.dropout, changed=changed
-  )
-  if reason:
-    raise errors.UserError(f'model.attention_kernel={c.attention_kernel!r}: {reason}')
+  return (q_BTHK, k_BGSK, sight, model.constrain), {'dropout': c.dropout, 'changed': changed}
 
 
 def _at_least(config: ModelConfig, name: str, low: int) -> None:

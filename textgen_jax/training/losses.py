@@ -77,8 +77,13 @@ def weighted_nll(
 def num_chunks(unembed: Unembed, hidden_BTD: jax.Array, row_ways: int = 1) -> int:
   """In how many chunks of equal length, along T, the logits are few enough. Rows stay whole, and where they are."""
   rows, time, vocab = jax.eval_shape(unembed, hidden_BTD).shape
+  return math.ceil(time / chunk_length(math.ceil(rows / row_ways), vocab))
+
+
+def chunk_length(rows: int, vocab: int) -> int:
+  """At most so many tokens of each of a device's `rows` have their logits at once."""
   most_bytes = MOST_LOGITS_BYTES_ON_CPU if backend.name() == 'cpu' else MOST_LOGITS_BYTES
-  return math.ceil(time / max(1, most_bytes // (4 * math.ceil(rows / row_ways) * vocab)))
+  return max(1, most_bytes // (4 * rows * vocab))
 
 
 def _chunks(x_BT: Any, chunks: int) -> jax.Array:

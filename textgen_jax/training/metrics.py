@@ -33,11 +33,13 @@ PEAK_FLOPS = (
 
 def peak_flops() -> float | None:
   """FLOP/s of all devices together; None where the device's peak isn't known (CPUs)."""
-  kind = jax.devices()[0].device_kind
-  for prefix, peak in PEAK_FLOPS:
-    if kind.startswith(prefix):
-      return peak * jax.device_count()
-  return None
+  peak = peak_of(jax.devices()[0].device_kind)
+  return peak and peak * jax.device_count()
+
+
+def peak_of(device_kind: str) -> float | None:
+  """FLOP/s of one device; None where its peak isn't known."""
+  return next((peak for prefix, peak in PEAK_FLOPS if device_kind.startswith(prefix)), None)
 
 
 class Writer:

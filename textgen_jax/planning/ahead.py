@@ -1,0 +1,188 @@
+"""The training step compiled ahead of time, for devices that aren't here."""
+
+import contextlib
+import copy
+import dataclasses
+import importlib.util
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from textgen_jax import backend, errors, memory, program, sharding
+from textgen_jax import experiment as experiment_lib
+from textgen_jax.data import windows
+from textgen_jax.planning import devices, hlo
+from textgen_jax.training import checkpoints
+
+# What brings each compiler: the module it is found by, and what to install. Neither needs the device.
+PLUGINS = {
+  'tpu': ('libtpu', "'jax[tpu]=={jax}'"),
+  'gpu': ('jax_plugins.xla_cuda13', '--no-deps jax-cuda13-pjrt=={jax} jax-cuda13-plugin=={jax}'),
+}
+# libtpu would ask a metadata server which TPU this machine has, and would let one process at a time load it.
+TPU_ENVIRONMENT = {
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+}
+# What XLA must know of a GPU that isn't there: JAX's `target_config` of one that is. Sources: NVIDIA's tuning guides for Hopper and
+# Ampere, and its data sheets.
+GPU_CONFIG = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {optin}
+  core_count: {cores} fpus_per_core: {fpus} clock_rate_ghz: {clock}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  l2_cache_size: {l2} memory_bandwidth: {bandwidth} device_memory_size: {memory}
+  cuda_compute_capability {{ major: {major} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 12 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{name}"
+"""
+HOPPER = {'shared': 233_472, 'optin': 232_448, 'cores': 132, 'fpus': 128, 'clock': 1.98, 'l2': 52_428_800, 'major': 9}
+GPUS = {
+  'h100': HOPPER,
+  'h200': HOPPER | {'l2': 62_914_560},
+  'a100': {'shared': 167_936, 'optin': 166_912, 'cores': 108, 'fpus': 64, 'clock': 1.41, 'l2': 41_943_040, 'major': 8},
+}
+REMATERIALIZATION = re.compile('Involuntary full rematerialization')  # XLA copies an array whole to move it from one sharding to another
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What the compiler says of the step."""
+
+  peak_bytes: int  # of one device, the state included
+  seconds: float
+  collectives: dict[str, hlo.Said]
+  rematerializations: int  # warnings
+
+
+def stay_here(topology: devices.Topology) -> None:
+  """Keeps JAX from looking for accelerators, and makes the CPU devices of a cpu topology. Before JAX's first use."""
+  jax.config.update('jax_platforms', 'cpu')
+  if topology.device.kind == 'cpu':
+    with contextlib.suppress(RuntimeError):  # JAX is in use; too few devices are then an error of `devices_of`
+      jax.config.update('jax_num_cpu_devices', topology.count)
+
+
+def devices_of(topology: devices.Topology) -> list[Any]:
+  """JAX's devices, to compile for. Raises UserError where their compiler isn't installed."""
+  kind, device = topology.device.kind, topology.device
+  if kind == 'cpu':
+    if jax.device_count() != topology.count:
+      raise errors.UserError(f'topology={topology.name!r}: JAX is in use with {jax.device_count()} CPU devices')
+    return list(jax.devices())
+  module, packages = PLUGINS[kind]
+  if not _is_installed(module):
+    raise errors.UserError(f'--compile for {topology.name} needs a compiler: pip install {packages.format(jax=jax.__version__)}')
+  if kind == 'tpu':
+    for name, value in TPU_ENVIRONMENT.items():
+      os.environ.setdefault(name, value)
+    one_chip = {'chips_per_host_bounds': (1, 1, 1)} if topology.count == 1 else {}
+    name = f'{topology.family}:{"x".join(map(str, [*topology.sizes, 1][:3]))}' if topology.count == 1 else topology.name
+    return list(topologies.get_topology_desc(platform='tpu', topology_name=name, **one_chip).devices)
+  config = GPU_CONFIG.format(
+    **GPUS[topology.family], bandwidth=int(device.memory_bandwidth or 0), memory=device.total_bytes, name=device.jax_name
+  )
+  gpus, hosts = topology.sizes
+  return list(topologies.get_topology_desc(platform='cuda', target_config=config, topology=f'1x{hosts}x{gpus}').devices)
+
+
+def _is_installed(module: str) -> bool:
+  try:
+    return importlib.util.find_spec(module) is not None
+  except ModuleNotFoundError:  # of the package that it would be in
+    return False
+
+
+def stand_in(experiment: experiment_lib.Experiment, kind: str) -> tuple[experiment_lib.Experiment, str]:
+  """The experiment with a kernel that can be compiled without a GPU in the place of cuDNN's, and what is to be said of that.
+
+  Both keep nothing that grows with the square of the length.
+  """
+  model: Any = experiment.model  # an LSTM has no such fields
+  if kind != 'gpu' or getattr(model, 'attention_kernel', '') not in ('auto', 'cudnn'):
+    return experiment, ''
+  if model.dropout or experiment.training.mask_documents:  # which cuDNN's can't do
+    return experiment, ''
+  changed = copy.deepcopy(experiment)
+  changed.model = dataclasses.replace(model, attention_kernel='blocks')
+  return changed, "cuDNN's attention is planned and compiled as `blocks`, as it can be compiled only where the GPU is"
+
+
+def compile_step(experiment: experiment_lib.Experiment, vocab_size: int, topology: devices.Topology) -> Compiled:
+  """Compiles the training step, as `trainer` would run it.
+
+  Args:
+    experiment: resolved.
+    vocab_size: ids of the tokenizer.
+    topology: what for.
+
+  Raises:
+    UserError: something doesn't fit the mesh, or the compiler isn't there.
+    MachineFailed: the compiler says that memory doesn't do.
+  """
+  mesh = sharding.make_mesh(experiment.sharding, devices_of(topology))
+  began = time.monotonic()
+  with backend.target(topology.device.kind), _told() as told:
+    parts = program.Program(experiment, vocab_size, mesh)
+    state = checkpoints.with_shardings(parts.abstract, parts.shardings)
+    lowered = parts.step.lower(state, *abstract_inputs(parts))
+    try:
+      executable: Any = lowered.compile()
+    except RuntimeError as error:
+      if not errors.is_out_of_memory(error):
+        raise
+      raise errors.MachineFailed(f'XLA says {checkpoints.first_line(error)}') from error
+  seconds = time.monotonic() - began
+  if topology.device.kind == 'cpu':
+    peak = memory.peak_bytes(executable)
+  else:
+    peak = executable.memory_analysis().peak_memory_in_bytes
+  said = hlo.collectives(executable.as_text(), topology.count)
+  return Compiled(int(peak or 0), seconds, said, sum(bool(REMATERIALIZATION.search(line)) for line in told))
+
+
+def abstract_inputs(parts: program.Program) -> tuple[Any, ...]:
+  """What the step takes beside the state: shapes, types and places of a batch."""
+  c = parts.experiment.training
+  places, lead = parts.batch_sharding, ()
+  if c.steps_per_dispatch > 1:
+    places, lead = sharding.stacked(places), (c.steps_per_dispatch,)  # type: ignore[assignment]
+
+  def rows(dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((*lead, c.batch_size, c.sequence_length), dtype, sharding=places)
+
+  starts_BT: Any = rows(jnp.bool_) if c.windows == 'contiguous' or c.mask_documents else None
+  batch = windows.Batch(rows(jnp.int32), rows(jnp.int32), rows(jnp.float32), starts_BT)  # type: ignore[arg-type]
+  if not lead:
+    return (batch,)
+  return batch, jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(parts.mesh))
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[list[str]]:
+  """The lines that C++ code writes to stderr meanwhile, kept from the terminal."""
+  lines: list[str] = []
+  with tempfile.TemporaryFile(mode='w+', encoding='utf-8', errors='replace') as file:
+    stderr = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+      yield lines
+    finally:
+      os.dup2(stderr, 2)
+      os.close(stderr)
+      file.seek(0)
+      lines += file.read().splitlines()
