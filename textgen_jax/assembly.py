@@ -151,7 +151,7 @@ class Parts(program.Program):
     """The score of the val split, or of its beginning."""
     c = self.experiment.training
     return evaluate.evaluate(
-      self.free_model,
+      self.model,
       params,
       split,
       evaluate.Reading(length=c.sequence_length, carried=c.windows == 'contiguous', end_of_text=self.end_of_text),

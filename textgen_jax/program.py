@@ -39,7 +39,7 @@ class Program:
     self.row_ways = sharding.batch_divisor(e.sharding, mesh)
     self.model = build.build(e.model, vocab_size, c.sequence_length, sharding.make_constrain(e.sharding, mesh))
     build.check_kernel(self.model, c.sequence_length, c.mask_documents)
-    # Samples and scores come in batches that the devices may not divide: XLA spreads them as the params lie.
+    # Samples come in batches that the devices may not divide: XLA spreads them as the params lie.
     self.free_model = build.build(e.model, vocab_size, c.sequence_length)
     self.tx, average = optimizer.build(e.optimizer, sharding.make_spread(mesh)), optimizer.make_average(e.optimizer)
     carry_rows = c.batch_size if c.windows == 'contiguous' else 0

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from textgen_jax import axes, errors, processes, trees
@@ -103,10 +104,21 @@ def mesh_shape(config: ShardingConfig, count: int) -> tuple[int, ...]:
 
 
 def make_mesh(config: ShardingConfig, devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh `data x fsdp x tensor` over `devices`, which need not be here; None: all that are."""
-  shape = mesh_shape(config, jax.device_count() if devices is None else len(devices))
+  """A mesh `data x fsdp x tensor` over `devices`, which need not be here; None: all that are.
+
+  Slices of a TPU, between which the network is slower, each have whole copies of the parameters: `data` goes over them.
+  """
+  devices = jax.devices() if devices is None else devices
+  shape = mesh_shape(config, len(devices))
   # The default axis type, Explicit, breaks linen's modules.
-  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+  types = (AxisType.Auto,) * len(MESH_AXES)
+  slices = len({getattr(one, 'slice_index', 0) for one in devices}) if devices[0].platform == 'tpu' else 1
+  if slices == 1:
+    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+  if shape[0] % slices:
+    raise errors.UserError(f"sharding.data={shape[0]} isn't divisible by the {slices} slices, each of which has whole copies")
+  inner, outer = (shape[0] // slices, *shape[1:]), (slices, *(1,) * len(shape[1:]))
+  return Mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices), MESH_AXES, axis_types=types)
 
 
 def abstract_mesh(config: ShardingConfig, count: int) -> AbstractMesh:
