@@ -26,7 +26,7 @@ FAILED = errors.MachineFailed.exit_code  # of a process whose peer is lost
 ALIKE = (errors.UserError, errors.NoGoodCheckpoint, errors.Diverged)  # what all processes raise, if one does
 HEARTBEAT_S = 30  # without a sign of life from a process, after which JAX ends the others
 # What collectives say, on CPU by Gloo and on GPU by NCCL, when one of their processes is gone.
-_PEER_LOST = re.compile(r'(?i)gloo|nccl|connection (closed|reset)|broken pipe|UNAVAILABLE|coordination|heartbeat|DEADLINE_EXCEEDED')
+_PEER_LOST = re.compile(r'(?i)gloo|nccl|connection (closed|reset)|broken pipe|UNAVAILABLE|coordination|heartbeat|barrier|DEADLINE_EXCEEDED')
 GRACE_S = 1.5  # for a process to come to its own end, once another has told of the run's
 LEADER_S = 2.5  # that the coordinator's process stays at most, so that the others end by themselves and not for want of it
 LISTEN_MS = 3_600_000  # one question after another's end
@@ -113,7 +113,7 @@ def join(launch: Launch) -> None:
       initialization_timeout=launch.join_timeout_s + 60,  # ours comes first
       heartbeat_timeout_seconds=HEARTBEAT_S,
     )
-    processes.everyone(None)
+    processes.meet()
   except ValueError as error:
     raise errors.UserError(f'the processes of the run did not meet: {error}') from error
   except RuntimeError as error:  # a port that is still taken, a name that isn't known yet: another try may do
@@ -161,7 +161,7 @@ def alike(let_go: Callable[[], None]) -> Iterator[None]:
       let_go()
     _leave_with(error)
     raise
-  processes.everyone(None)
+  processes.meet()
 
 
 def _leave_with(error: errors.RunError) -> None:
@@ -178,7 +178,7 @@ def leave(code: int, told: str) -> None:
   if not _joined:
     return
   if code == 0:
-    processes.everyone(None)  # none has done its part while another could still fail
+    processes.meet()  # none has done its part while another could still fail
   announce(code, told)
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError, AttributeError):

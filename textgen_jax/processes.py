@@ -73,15 +73,23 @@ def from_leader(function: Callable[[], T]) -> T:
   return answer['value']
 
 
-def everyone(value: T) -> list[T]:
-  """Each process's value, JSON, in the order of the processes; all wait for all."""
+def meet() -> None:
+  """Waits for all processes."""
   global _met
+  if count() > 1 and not _alone:
+    _met += 1
+    client().wait_at_barrier(f'met/{_met}', FAR_MS)
+
+
+def everyone(value: T) -> list[T]:
+  """Each process's value, JSON and small, in the order of the processes; all wait for all."""
   if count() == 1 or _alone:
     return [value]
-  _met += 1
-  store = client()
-  store.key_value_set(f'value/{_met}/{index()}', json.dumps(value))
-  return [json.loads(store.blocking_key_value_get(f'value/{_met}/{i}', FAR_MS)) for i in range(count())]
+  name = f'value/{_met + 1}/'
+  client().key_value_set(f'{name}{index()}', json.dumps(value))
+  meet()
+  values = client().key_value_dir_get(name)  # one question, however many they are
+  return [json.loads(text) for _, text in sorted(values, key=lambda item: int(item[0].rpartition('/')[2]))]
 
 
 def tell(name: str, value: Any) -> None:
@@ -101,11 +109,13 @@ def sharers() -> tuple[int, int]:
 
 def same(what: dict[str, Any]) -> None:
   """Raises UserError on every process where one has another value of anything than the leader has: `{field: value}`."""
-  ours, *others = everyone({name: repr(value) for name, value in what.items()})
-  for i, theirs in enumerate(others, 1):
-    for name in {**ours, **theirs}:
-      if ours.get(name) != theirs.get(name):
-        raise errors.UserError(f'process {i} of {count()} has {name}={theirs.get(name)}, and process 0 has {ours.get(name)}')
+  ours = {name: repr(value) for name, value in what.items()}
+  leaders = from_leader(lambda: ours)
+  differing = [name for name in {**leaders, **ours} if leaders.get(name) != ours.get(name)][:1]
+  complaints = everyone([f'{name}={ours.get(name)}, and process 0 has {leaders.get(name)}' for name in differing])
+  for i, complaint in enumerate(complaints):
+    if complaint:
+      raise errors.UserError(f'process {i} of {count()} has {complaint[0]}')
 
 
 def all_see(path: pathlib.Path) -> None:

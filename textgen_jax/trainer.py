@@ -230,7 +230,7 @@ class _Trainer:
     """The step as an executable; tells how much memory it takes."""
     assert self.compiling is not None
     compiled, seconds = self.compiling.result()
-    processes.everyone(None)  # a collective waits less long for a process that still compiles
+    processes.meet()  # a collective waits less long for a process that still compiles
     peak, limit = memory.peak_bytes(compiled), memory.limit_bytes()
     told = '' if peak is None else f', {peak / 2**20:,.1f} MiB at its peak on each device'
     progress.say(f'the step is compiled in {seconds:.1f} s{told}')

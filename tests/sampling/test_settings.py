@@ -170,15 +170,13 @@ def test_a_text_ends_where_it_gets_too_unlikely():
 def test_guidance_reads_both_prompts(scale):
   model, weights = subject('transformer')
   one = write('transformer', ['abc'], Settings(temperature=0, guidance=scale, **({'negative_prompt': 'k0 '} if scale != 1 else {})))[0]
-  own, other = TOKENIZER.encode('abc').tolist(), TOKENIZER.encode('k0 ').tolist()
-  for token in one.tokens:
-    rows = []
-    for context in (own, other):
-      hidden_BTD, _ = model.apply({'params': weights}, np.array([context]))
-      rows.append(jax.nn.log_softmax(model.apply({'params': weights}, hidden_BTD, method='unembed')[0, -1][: TOKENIZER.vocab_size]))
-    assert token == int(np.argmax(rows[1] + scale * (rows[0] - rows[1])))
-    own.append(token)
-    other.append(token)
+  rows = []
+  for prompt in ('abc', 'k0 '):
+    read = TOKENIZER.encode(prompt).tolist()
+    hidden_BTD, _ = model.apply({'params': weights}, np.array([read + one.tokens]))
+    logits_BTV = model.apply({'params': weights}, hidden_BTD, method='unembed')
+    rows.append(jax.nn.log_softmax(logits_BTV[0, len(read) - 1 : -1, : TOKENIZER.vocab_size]))
+  assert one.tokens == np.argmax(rows[1] + scale * (rows[0] - rows[1]), axis=-1).tolist()
 
 
 def test_no_ngram_occurs_twice():

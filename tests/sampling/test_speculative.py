@@ -162,7 +162,7 @@ def random_weights(name, context, seed):
 def test_rows_that_wait_for_each_other_over_several_segments(name, draft):
   """Ragged rows past the context, by a draft that is right now and then: some rows are ahead, and wait at each segment's end."""
   prompts = ['abc', 'a fig ' * 4, '', 'kk', '0123456789 abcdef']
-  for seed in (1, 2):
+  for seed in (1, 2) if draft == 'itself' else (1,):
     model, weights, noisy = random_weights(name, 16, seed)
     strange = random_weights('lstm' if name != 'lstm' else 'learned', 64 if draft == 'stranger' else 8, seed + 7)
     own = weights if draft == 'itself' else noisy
