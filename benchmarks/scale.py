@@ -44,7 +44,7 @@ def main() -> None:
     formula = sum(one['bytes'] for one in told['collectives'])
     said = told['compiled']['collectives']
     kinds = ', '.join(f'{kind} {one["times"]}' for kind, one in said.items())
-    name, received = ' x '.join(map(str, sizes)), sum(one['bytes'] for one in said.values())
+    name, received = ' x '.join(map(str, sizes)), int(sum(one['bytes'] for one in said.values()))
     print(f'| {name} | {formula // KIB:,} | {received // KIB:,} | {kinds} |', flush=True)
 
 
