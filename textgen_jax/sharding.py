@@ -112,13 +112,18 @@ def make_mesh(config: ShardingConfig, devices: Sequence[Any] | None = None) -> M
   shape = mesh_shape(config, len(devices))
   # The default axis type, Explicit, breaks linen's modules.
   types = (AxisType.Auto,) * len(MESH_AXES)
-  slices = len({getattr(one, 'slice_index', 0) for one in devices}) if devices[0].platform == 'tpu' else 1
-  if slices == 1:
+  if devices[0].platform != 'tpu':
     return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+  slices = len({getattr(one, 'slice_index', 0) for one in devices})
   if shape[0] % slices:
     raise errors.UserError(f"sharding.data={shape[0]} isn't divisible by the {slices} slices, each of which has whole copies")
   inner, outer = (shape[0] // slices, *shape[1:]), (slices, *(1,) * len(shape[1:]))
-  return Mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices), MESH_AXES, axis_types=types)
+  # Any sizes whose product is the number of devices, as elsewhere.
+  if slices == 1:
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  else:
+    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+  return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def abstract_mesh(config: ShardingConfig, count: int) -> AbstractMesh:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -115,7 +116,7 @@ def stand_in(experiment: experiment_lib.Experiment, kind: str) -> tuple[experime
   model: Any = experiment.model  # an LSTM has no such fields
   if kind != 'gpu' or getattr(model, 'attention_kernel', '') not in ('auto', 'cudnn'):
     return experiment, ''
-  if model.dropout or experiment.training.mask_documents:  # which cuDNN's can't do
+  if model.dropout or experiment.training.mask_documents or model.compute_dtype == 'float32':  # which cuDNN's can't do
     return experiment, ''
   changed = copy.deepcopy(experiment)
   changed.model = dataclasses.replace(model, attention_kernel='blocks')
@@ -151,7 +152,9 @@ def compile_step(experiment: experiment_lib.Experiment, vocab_size: int, topolog
     peak = memory.peak_bytes(executable)
   else:
     peak = executable.memory_analysis().peak_memory_in_bytes
-  said = hlo.collectives(executable.as_text(), topology.count)
+  steps = experiment.training.steps_per_dispatch  # a loop, where there are several
+  of_all = hlo.collectives(executable.as_text(), topology.count)
+  said = {kind: hlo.Said(one.times // steps, one.bytes / steps) for kind, one in of_all.items()}
   return Compiled(int(peak or 0), seconds, said, sum(bool(REMATERIALIZATION.search(line)) for line in told))
 
 
@@ -181,6 +184,11 @@ def _told() -> Iterator[list[str]]:
     os.dup2(file.fileno(), 2)
     try:
       yield lines
+    except Exception:
+      os.dup2(stderr, 2)
+      file.seek(0)
+      sys.stderr.write(file.read())  # why it failed, perhaps
+      raise
     finally:
       os.dup2(stderr, 2)
       os.close(stderr)

@@ -37,7 +37,18 @@ class Device:
     """What one process may take of its memory."""
     if self.total_bytes is None or self.kind != 'gpu':
       return self.total_bytes
-    return int(self.total_bytes * float(os.environ.get(GPU_SHARE_VARIABLE, GPU_SHARE)))
+    return int(self.total_bytes * _gpu_share())
+
+
+def _gpu_share() -> float:
+  text = os.environ.get(GPU_SHARE_VARIABLE, str(GPU_SHARE))
+  try:
+    share = float(text)
+  except ValueError:
+    share = -1.0
+  if not 0 < share <= 1:
+    raise errors.UserError(f'{GPU_SHARE_VARIABLE}={text!r} is not in (0, 1]')
+  return share
 
 
 _SQUARES = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')

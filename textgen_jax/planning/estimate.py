@@ -98,12 +98,18 @@ def make(experiment: experiment_lib.Experiment, vocab_size: int, topology: devic
 def _times(
   parts: program.Program, topology: devices.Topology, flops: int, taken: footprint.Footprint, told: list[traffic.Traffic]
 ) -> Times | None:
-  device, config = topology.device, parts.experiment.model
+  device, config, c = topology.device, parts.experiment.model, parts.experiment.training
   if device.flops is None or device.memory_bandwidth is None:
     return None
-  again = {'full': 4 / 3, 'dots': 1.0, 'none': 1.0}[footprint.remat_of(config)]
+  if device.kind == 'gpu' and footprint.compute_itemsize(config) == footprint.FLOAT:
+    return None  # the peak is bfloat16's
+  mixing = parts.model.mixing_flops_per_token(c.sequence_length) * c.batch_size * c.sequence_length
+  # What kernels of attention give isn't the result of one product, and is made again.
+  again = {'full': 4 / 3, 'dots': 1 + mixing / flops, 'none': 1.0}[footprint.remat_of(config)]
+  # An LSTM's gates are whole on each device: only rows share its work.
+  workers = parts.row_ways if build.carries(config) else topology.count
   return Times(
-    products=again * flops / (topology.count * device.flops * EFFICIENCY),
+    products=again * flops / (workers * device.flops * EFFICIENCY),
     recurrence=_recurrent_bytes(parts) / device.memory_bandwidth,
     update=2 * (taken.state + taken.gradients) / device.memory_bandwidth,
     hidden=math.fsum(one.seconds or 0.0 for one in told if not one.waits),

@@ -49,6 +49,7 @@ class Footprint:
   activations: int
   working: int
   logits: int  # of the tokens whose logits are there at once, with their gradient; and the output layer's own copies, where in chunks
+  update: int = 0  # Muon's matrices of one shape, whole on each device, and what is made of them: when activations are gone
 
   @property
   def state(self) -> int:
@@ -57,7 +58,8 @@ class Footprint:
   @property
   def peak(self) -> int:
     """All activations meet the logits at the end of the forward pass, and all gradients meet one layer's at that of the backward pass."""
-    return self.state + self.gradients + self.weights + self.activations + max(self.working, self.logits)
+    step = self.weights + self.activations + max(self.working, self.logits)
+    return self.state + self.gradients + max(step, self.update)
 
 
 def device_bytes(abstract: Any, shardings: Any) -> int:
@@ -87,7 +89,21 @@ def of_step(parts: program.Program) -> Footprint:
     activations=int(e.model.num_layers * layer.kept * tokens.count),
     working=int(layer.working * tokens.count),
     logits=logits_bytes(parts, tokens),
+    update=2 * FLOAT * max((numbers for numbers, _ in muon_stacks(parts)), default=0),
   )
+
+
+def muon_stacks(parts: program.Program) -> list[tuple[int, int]]:
+  """Of each stack of matrices that Muon makes orthogonal together: its numbers, what makes it even included; those of split matrices."""
+  if parts.experiment.optimizer.kind != 'muon':
+    return []
+  stacks: dict[tuple[int, ...], list[bool]] = {}
+  for (name, leaf), place in zip(trees.named_leaves(parts.abstract.params), jax.tree.leaves(parts.shardings.params), strict=True):
+    if leaf.ndim == 2 and not is_table(name):
+      split = any(parts.mesh.shape[axis] > 1 for axis in axes_of(place))
+      stacks.setdefault(tuple(sorted(leaf.shape)), []).append(split)
+  size = parts.mesh.size
+  return [(-(-len(each) // size) * size * math.prod(shape), sum(each) * math.prod(shape)) for shape, each in stacks.items()]
 
 
 def compute_itemsize(config: build.ModelConfig) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,31 +13,33 @@ from textgen_jax.planning import devices, estimate, footprint
 Changes = Mapping[str, Any]  # dotted field -> value
 
 
-def advice(experiment: experiment_lib.Experiment, vocab_size: int, topology: devices.Topology) -> str:
+def advice(experiment: experiment_lib.Experiment, vocab_size: int, topology: devices.Topology, factor: float = 1.0) -> str:
   """The rest of a sentence that says what would fit: each of some settings alone, all together, or more devices.
 
   Args:
     experiment: resolved; it doesn't fit.
     vocab_size: ids of the tokenizer.
     topology: where it doesn't.
+    factor: how many times the plan's estimate it takes, where a compiler has told.
   """
+  fits = functools.partial(_fits, experiment, vocab_size, factor)
 
   def first(kind: list[Changes]) -> Changes | None:
-    if kind and not kind[-1].keys() & {'sharding.fsdp'} and not _fits(experiment, kind[-1], vocab_size, topology):
+    if kind and not kind[-1].keys() & {'sharding.fsdp'} and not fits(kind[-1], topology):
       return None  # the last takes least; but a mesh may not divide a parameter
-    return next((one for one in kind if _fits(experiment, one, vocab_size, topology)), None)
+    return next((one for one in kind if fits(one, topology)), None)
 
   kinds = [list(kind(experiment, topology)) for kind in (_meshes, _remats, _micro_batches)]
   found = list(filter(None, map(first, kinds)))
   if found:
     return 'would fit with: ' + '; or '.join(map(_told, found))
   together = _all(experiment, topology, {name: value for kind in kinds[:2] for changes in kind[-1:] for name, value in changes.items()})
-  if _fits(experiment, together, vocab_size, topology):
+  if fits(together, topology):
     return f'would fit with: {_told(together)}'
   for larger in topology.larger():
     split = {'sharding.data': 1, 'sharding.fsdp': -1}
     for changes in (split, _all(experiment, larger, split | {name: together[name] for name in together if name == 'model.remat'})):
-      if _fits(experiment, changes, vocab_size, larger):
+      if fits(changes, larger):
         return f'would fit with: --topology={larger.name}, {_told(changes)}'
   return 'fewer parameters (model.dim, model.num_layers), shorter rows (training.sequence_length) or many more devices take less of each'
 
@@ -59,11 +62,11 @@ def _told(changes: Changes) -> str:
   return ', '.join(f'{name}={value}' for name, value in changes.items())
 
 
-def _fits(experiment: experiment_lib.Experiment, changes: Changes, vocab_size: int, topology: devices.Topology) -> bool:
+def _fits(experiment: experiment_lib.Experiment, vocab_size: int, factor: float, changes: Changes, topology: devices.Topology) -> bool:
   changed = _changed(experiment, changes)
   try:
     experiment_lib.check(changed)
-    needs = estimate.make(changed, vocab_size, topology).footprint.peak
+    needs = factor * estimate.make(changed, vocab_size, topology).footprint.peak
   except errors.UserError:
     return False
   return topology.device.memory_bytes is None or needs <= topology.device.memory_bytes

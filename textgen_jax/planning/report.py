@@ -101,7 +101,8 @@ def text(told: dict[str, Any]) -> str:
 
 
 def _time_lines(time: dict[str, float]) -> list[str]:
-  parts = ', '.join(f'{name} {_ms(time[name])}' for name in ('products', 'recurrence', 'hidden', 'waited', 'update') if time[name])
+  names = {'products': 'products', 'recurrence': 'recurrence', 'hidden': 'told beside them', 'waited': 'waited for', 'update': 'update'}
+  parts = ', '.join(f'{told} {_ms(time[name])}' for name, told in names.items() if time[name])
   return [
     f'a step       {_ms(time["step"])} ({parts}; products at {time["efficiency"]:.0%} of the peak)',
     f'speed        {time["tokens_per_s"]:,.0f} tokens/s, MFU {time["mfu"]:.1%}',
@@ -125,4 +126,4 @@ def _gib(size: float) -> str:
 
 
 def _ms(seconds: float) -> str:
-  return f'{1e3 * seconds:.3g} ms' if seconds < 10 else f'{seconds:.3g} s'
+  return f'{1e3 * seconds:.3g} ms' if seconds < 1 else f'{seconds:.3g} s'

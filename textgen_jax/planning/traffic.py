@@ -71,9 +71,9 @@ def _of_params(parts: program.Program) -> Iterable[_Part]:
     if summed:
       shard = whole / math.prod(parts.mesh.shape[axis] for axis in gathered)
       yield 'all-reduce', summed, False, times * shard * slope_size
-    if parts.experiment.optimizer.kind == 'muon' and is_kernel and parts.mesh.size > 1:
-      # Each device works on some of the matrices, whole, and hands on what it makes of them.
-      yield 'all-gather', sharding.MESH_AXES, True, 2 * leaf.size * footprint.FLOAT
+  if parts.mesh.size > 1:
+    for made, read in footprint.muon_stacks(parts):  # each device works on some of the matrices, whole, and hands on what it makes
+      yield 'all-gather', sharding.MESH_AXES, True, (made + read) * footprint.FLOAT
 
 
 def _of_activations(parts: program.Program) -> Iterable[_Part]:

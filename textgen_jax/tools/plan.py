@@ -74,7 +74,7 @@ def _main(argv: Sequence[str]) -> None:
       refused = str(error)
   told = report.content(experiment, topology, plan, values.tokens, compiled, note)
   print(json.dumps(told) if values.format == 'json' else report.text(told), flush=True)
-  _check_fit(experiment, vocab_size, topology, max(plan.footprint.peak, compiled.peak_bytes if compiled else 0), refused)
+  _check_fit(experiment, vocab_size, topology, plan.footprint.peak, compiled.peak_bytes if compiled else 0, refused)
 
 
 def fixed_vocabulary(experiment: 'experiment_lib.Experiment') -> int:
@@ -89,13 +89,17 @@ def fixed_vocabulary(experiment: 'experiment_lib.Experiment') -> int:
   return c.vocab_size
 
 
-def _check_fit(experiment: 'experiment_lib.Experiment', vocab_size: int, topology: 'devices.Topology', needs: int, refused: str) -> None:
+def _check_fit(
+  experiment: 'experiment_lib.Experiment', vocab_size: int, topology: 'devices.Topology', planned: int, compiled: int, refused: str
+) -> None:
   from textgen_jax.planning import remedies
 
-  has = topology.device.memory_bytes
+  has, needs = topology.device.memory_bytes, max(planned, compiled)
   if refused or (has is not None and needs > has):
     why = refused or f'{needs / 2**30:.4g} GiB of {(has or 0) / 2**30:.4g} GiB on each device'
-    raise errors.UserError(f"doesn't fit: {why}; {remedies.advice(experiment, vocab_size, topology)}")
+    # A compiler that has refused the program takes at least all that there is.
+    factor = max(1.0, (max(needs, has or 0) if refused else needs) / planned)
+    raise errors.UserError(f"doesn't fit: {why}; {remedies.advice(experiment, vocab_size, topology, factor)}")
 
 
 if __name__ == '__main__':
