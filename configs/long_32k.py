@@ -2,7 +2,7 @@
 
   python train.py --config=configs/long_32k.py --workdir=runs/long_32k --config.data.path='/data/books/*.txt.gz'
 
-Nobody has trained it yet. `python -m textgen_jax.tools.plan --config=configs/long_32k.py --topology=v5e:2x2` says: 4.9 GiB of
+Score: none, nobody has trained it yet. `python -m textgen_jax.tools.plan --config=configs/long_32k.py --topology=v5e:2x2` says: 4.9 GiB of
 15.75 on each (XLA, compiled without one: 5.0), and 21 s a step of 0.5 M tokens with products at half of the peak, 4.8 days; the masked
 half of attention is counted, which the kernel skips.
 

@@ -2,7 +2,7 @@
 
   python train.py --config=configs/modern_1b.py --workdir=runs/modern_1b --config.data.path='/data/text/*.jsonl.zst'
 
-Nobody has trained it yet. `python -m textgen_jax.tools.plan --config=configs/modern_1b.py --topology=h100:8x1` says: 25.3 GiB
+Score: none, nobody has trained it yet. `python -m textgen_jax.tools.plan --config=configs/modern_1b.py --topology=h100:8x1` says: 25.3 GiB
 of the 59.3 that JAX takes of each GPU (XLA, compiled without one: 26.9), 3.9 s a step of 2 M tokens with products at half of
 the peak, 2.2 days.
 

@@ -2,7 +2,7 @@
 
   python train.py --config=configs/modern_70b.py --workdir=runs/modern_70b --config.data.path='/data/text/*.jsonl.zst'
 
-Nobody has trained it yet. `python -m textgen_jax.tools.plan --config=configs/modern_70b.py --topology=v5p:8x8x8` says: 21 GiB
+Score: none, nobody has trained it yet. `python -m textgen_jax.tools.plan --config=configs/modern_70b.py --topology=v5p:8x8x8` says: 21 GiB
 of 95 on each (XLA, compiled without one: 18), 21 s a step with products at half of the peak, 12 days.
 
 Sizes, rates and batch are those of Llama 2's 70 B (Touvron et al. 2023, arXiv:2307.09288, section 2.2): 80 layers 8,192 wide,

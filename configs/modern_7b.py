@@ -2,7 +2,7 @@
 
   python train.py --config=configs/modern_7b.py --workdir=runs/modern_7b --config.data.path='/data/text/*.jsonl.zst'
 
-Nobody has trained it yet. `python -m textgen_jax.tools.plan --config=configs/modern_7b.py --topology=v5e:16x16` says: 8.6 GiB
+Score: none, nobody has trained it yet. `python -m textgen_jax.tools.plan --config=configs/modern_7b.py --topology=v5e:16x16` says: 8.6 GiB
 of 15.75 on each (XLA, compiled without one: 7.6), 10 s a step with products at half of the peak, 5.9 days.
 
 Sizes, rates and batch are those of Llama 2's 7 B (Touvron et al. 2023, arXiv:2307.09288, section 2.2): 32 layers 4,096 wide,

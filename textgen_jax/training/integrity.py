@@ -18,10 +18,17 @@ Measures = dict[str, list[Any]]  # a file's size, SHA-256 and time of change (ns
 
 
 def measured(folder: pathlib.Path, pattern: str = '**/*') -> Measures:
-  """The files below `folder` whose names match, but for those that aren't sealed."""
+  """The files below `folder` whose names match, but for those that aren't sealed, and those that go while it looks."""
+
+  def measure(name: str) -> list[Any] | None:
+    try:
+      return [*_measure(folder / name), _changed(folder / name)]
+    except FileNotFoundError:
+      return None
+
   names = _names(folder, pattern)
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    return dict(zip(names, pool.map(lambda name: [*_measure(folder / name), _changed(folder / name)], names), strict=True))
+    return {name: found for name, found in zip(names, pool.map(measure, names), strict=True) if found}
 
 
 def _names(folder: pathlib.Path, pattern: str) -> list[str]:
