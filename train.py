@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
 def _main(argv: Sequence[str]) -> None:
   # What imports JAX, 0.6 s, and what imports the rest is imported where it is used: a mistake in the flags doesn't wait for it.
   if command_line.wants_help(argv):
-    print(f'{__doc__}\n{command_line.experiment_help(argv)}')
+    print(f'{__doc__}\n{command_line.launch_help()}\n{command_line.experiment_help(argv)}')
     return
   experiment, workdir, given = command_line.parse_training(argv)
   from textgen_jax import experiment as experiment_lib

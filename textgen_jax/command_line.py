@@ -276,6 +276,12 @@ def field_comments(cls: type) -> dict[str, str]:
   return dict(re.findall(r'^  (\w+): .*?  # (.*)$', inspect.getsource(cls), re.MULTILINE))
 
 
+def launch_help() -> str:
+  """The flags of `launch.Launch`."""
+  lines = [f'  --{name}=...: {meaning}\n' for name, meaning in LAUNCH_FLAGS.items()]
+  return 'Flags where a run has several processes:\n' + ''.join(lines)
+
+
 def experiment_help(argv: Sequence[str]) -> str:
   """The fields of the config file that argv names, or with their defaults."""
   if path := named_config(argv):
