@@ -54,6 +54,18 @@ PATIENCE_S = 300
 SAMPLES = ('--config.training.sample_tokens=20', f'--config.training.sample_every_steps={SAVE_EVERY}')
 
 
+def environment(directory):
+  """Of runs that compile quickly, and once for all that share a directory."""
+  return {
+    **os.environ,
+    'PYTHONPATH': str(ROOT),
+    'TEXTGEN_JAX_CACHE': str(directory / 'cache'),
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+
+
 class Runs:
   """Starts train.py on workdirs of one model; `whole` is the one that nothing disturbs."""
 
@@ -63,14 +75,7 @@ class Runs:
     text.write_text(TEXT)
     self.config = directory / f'{kind}.py'
     self.config.write_text(CONFIG.format(model=MODELS[kind], text=str(text), num_steps=num_steps))
-    self.environment = {
-      **os.environ,
-      'PYTHONPATH': str(ROOT),
-      'TEXTGEN_JAX_CACHE': str(directory / 'cache'),
-      'JAX_PLATFORMS': 'cpu',
-      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    }
+    self.environment = environment(directory)
     self.whole = directory / 'whole'
     self.finish(self.whole)
 

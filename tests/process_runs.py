@@ -1,6 +1,5 @@
 """Runs of train.py in several processes of one machine, each with fake devices of its own."""
 
-import os
 import pathlib
 import signal
 import socket
@@ -54,15 +53,7 @@ class Cluster:
     text.write_text(fault_runs.TEXT)
     self.directory, self.config = directory, directory / f'{kind}.py'
     self.config.write_text(CONFIG.format(model=MODELS[kind], text=str(text), fsdp=fsdp))
-    self.environment = {
-      **os.environ,
-      'PYTHONPATH': str(fault_runs.ROOT),
-      'TEXTGEN_JAX_CACHE': str(directory / 'cache'),
-      'JAX_PLATFORMS': 'cpu',
-      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-      'JAX_NUM_CPU_DEVICES': '1',
-    }
+    self.environment = fault_runs.environment(directory)
 
   def start(self, workdir, count, *more, devices=1, script='train.py', only=None, flags=None, **environment):
     """`only`: the processes that come; `flags`: what each is told, instead of who it is."""

@@ -120,6 +120,8 @@ def same(what: dict[str, Any]) -> None:
 
 def all_see(path: pathlib.Path) -> None:
   """Raises UserError where a process doesn't find a file that the leader has written, in the same words: their folders are others."""
+  if count() == 1:
+    return
   words = from_leader(lambda: path.read_text(encoding='utf-8'))
   until = time.monotonic() + NETWORK_DISK_S
   while not (found := path.is_file() and path.read_text(encoding='utf-8') == words) and time.monotonic() < until:

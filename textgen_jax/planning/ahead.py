@@ -182,15 +182,15 @@ def _told() -> Iterator[list[str]]:
   with tempfile.TemporaryFile(mode='w+', encoding='utf-8', errors='replace') as file:
     stderr = os.dup(2)
     os.dup2(file.fileno(), 2)
+    failed = True
     try:
       yield lines
-    except Exception:
-      os.dup2(stderr, 2)
-      file.seek(0)
-      sys.stderr.write(file.read())  # why it failed, perhaps
-      raise
+      failed = False
     finally:
       os.dup2(stderr, 2)
       os.close(stderr)
       file.seek(0)
-      lines += file.read().splitlines()
+      text = file.read()
+      lines += text.splitlines()
+      if failed:
+        sys.stderr.write(text)  # why, perhaps

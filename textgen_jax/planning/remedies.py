@@ -29,7 +29,7 @@ def advice(experiment: experiment_lib.Experiment, vocab_size: int, topology: dev
       return None  # the last takes least; but a mesh may not divide a parameter
     return next((one for one in kind if fits(one, topology)), None)
 
-  kinds = [list(kind(experiment, topology)) for kind in (_meshes, _remats, _micro_batches)]
+  kinds = [list(_meshes(experiment, topology)), list(_remats(experiment)), list(_micro_batches(experiment, topology))]
   found = list(filter(None, map(first, kinds)))
   if found:
     return 'would fit with: ' + '; or '.join(map(_told, found))
@@ -83,8 +83,7 @@ def _meshes(experiment: experiment_lib.Experiment, topology: devices.Topology) -
     fsdp *= 2
 
 
-def _remats(experiment: experiment_lib.Experiment, topology: devices.Topology) -> Iterator[Changes]:
-  del topology
+def _remats(experiment: experiment_lib.Experiment) -> Iterator[Changes]:
   choices = ('none', 'dots', 'full')  # the less is kept, the later
   if hasattr(experiment.model, 'remat'):
     yield from ({'model.remat': remat} for remat in choices[choices.index(footprint.remat_of(experiment.model)) + 1 :])
