@@ -1,7 +1,7 @@
 """Training and generation speed on an accelerator, through the project's own training step and `generate`, in ten minutes at most.
 
   pip install -e '.[cuda13]'
-  python benchmarks/gpu.py [--models gpt2_124m nanogpt_10m lstm] [--repeats=5] [--output=FILE]
+  python benchmarks/gpu.py [--models gpt2_124m nanogpt_10m lstm] [--repeats=5] [--peers] [--output=FILE]
 
 Models compute in bfloat16: GPT-2's smallest (`configs/gpt2_124m.py`, a table of 50,304 rows), nanoGPT's for one GPU
 (`configs/tiny_shakespeare_nanogpt_gpu.py`, bytes in place of its 65 characters), and an LSTM of two layers 1,024 wide that carries its
@@ -9,7 +9,7 @@ state. A model's ways of taking a step are timed in turns, in one process, on on
 compiled program holds, whatever was asked for. MFU is the model's FLOPs (products, backward pass included, each masked half of attention
 too) a second, over those of the fastest of some bfloat16 products of [8192, 8192] in the same run. Memory is what XLA plans for one
 program, the state included. Rows a step are halved until every way fits. Generation draws texts of 128 tokens, batches of like prompts,
-encoding and decoding included.
+encoding and decoding included. --peers has PyTorch do the same first, in a process of its own (`gpu_peers.py`; it needs `.[bench]`).
 
 One device is used. --dry_run shrinks all sizes, so that it runs on a CPU in less than a minute: its figures mean nothing.
 """
@@ -19,9 +19,11 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
+import json
 import math
 import pathlib
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -71,7 +73,8 @@ class Sizes(NamedTuple):
   batches: tuple[int, ...]  # of generation
 
 
-FULL, DRY = Sizes(2.0, 8192, 128, (1, 16, 256)), Sizes(0.0, 256, 8, (1, 3))
+FULL, DRY = Sizes(1.0, 8192, 128, (1, 16, 256)), Sizes(0.0, 256, 8, (1, 3))
+KERNELS = {'__cudnn$fmha': 'cudnn', 'splash_mha': 'splash', 'lstm_advance': 'triton'}  # by what they are in a compiled program
 TRANSFORMER_WAYS = {
   'plain': Way({'attention_kernel': 'plain'}),
   'auto': Way({}),
@@ -93,13 +96,18 @@ class Clock:
 def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--models', nargs='+', default=list(MODELS), choices=list(MODELS))
+  parser.add_argument('--ways', nargs='+', metavar='WAY', help='only these of each model, by the names that the table gives them')
+  parser.add_argument('--batches', type=int, nargs='*', help='of generation')
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--minutes', type=float, default=9.0, help='no measurement begins after it')
+  parser.add_argument('--peers', action='store_true', help='PyTorch and Hugging Face first')
   parser.add_argument('--output', metavar='FILE', help='the tables go there too')
   parser.add_argument('--dry_run', action='store_true', help='tiny sizes')
   args = parser.parse_args(argv)
   sizes, clock = (DRY if args.dry_run else FULL), Clock(args.minutes)
+  sizes = sizes if args.batches is None else sizes._replace(batches=tuple(args.batches))
   report = Report(args.output)
+  peers = ask_peers(args) if args.peers else []  # before JAX takes the memory
   report.say(f'# {datetime.date.today().isoformat()}, {jax.devices()[0].device_kind}\n')
   named = ('jax', 'jaxlib', 'flax', 'optax', *(one for one in ('jax-cuda13-plugin', 'jax-cuda12-plugin', 'libtpu') if installed(one)))
   report.say(', '.join(f'{name} {importlib.metadata.version(name)}' for name in named) + f'; {jax.devices()[0].client.platform_version!r}')
@@ -108,13 +116,56 @@ def main(argv: Sequence[str] | None = None) -> None:
   report.say(f'The fastest bfloat16 product of [{sizes.product}, {sizes.product}]: {peak_flops / 1e12:.4g} TFLOP/s.\n')
   report.say(f"## Training, median of {args.repeats}\n\n| {' | '.join(FIELDS)} |\n{'|---' * len(FIELDS)}|")
   for name in args.models:
-    train(name, MODELS[name](args.dry_run), peak_flops, args.repeats, sizes, clock, report)
+    work = MODELS[name](args.dry_run)
+    if args.ways:
+      work = work._replace(ways={way: how for way, how in work.ways.items() if way in args.ways})
+    if work.ways:
+      train(name, work, peak_flops, args.repeats, sizes, clock, report)
+    for peer in peers:
+      if (peer['part'], peer['model']) == ('training', name):
+        report.say(peer_row(peer, work, peak_flops))
+  if not sizes.batches:
+    return
   titles = [f'batch {batch}' for batch in sizes.batches]
   report.say(f"\n## Generation, tokens/s, median of {args.repeats} (least to most)\n\n| model | {' | '.join(titles)} |")
   report.say('|---' * (1 + len(titles)) + '|')
   for name in args.models:
     draw(name, MODELS[name](args.dry_run), args.repeats, sizes, clock, report)
+  drawn = [peer['tokens_per_s'] for peer in peers if peer['part'] == 'generation']
+  if drawn:
+    report.say('| ' + ' | '.join(['Hugging Face, gpt2_124m', *map(spread, drawn)]) + ' |')
   report.say(f'\n{peak_memory()}')
+
+
+def ask_peers(args: argparse.Namespace) -> list[dict[str, Any]]:
+  batches = [] if args.batches is None else ['--batches', *map(str, args.batches)]
+  how = ['--models', *args.models, f'--repeats={args.repeats}', *batches, *(['--dry_run'] if args.dry_run else [])]
+  script = pathlib.Path(__file__).with_name('gpu_peers.py')
+  done = subprocess.run([sys.executable, str(script), *how], stdout=subprocess.PIPE, text=True)
+  if done.returncode:
+    print(f'{script.name} ended with {done.returncode}', file=sys.stderr)  # what it has told by then stands
+  return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+
+
+def peer_row(peer: dict[str, Any], work: Workload, peak_flops: float) -> str:
+  """A peer's row of the table of training, with the FLOPs of our model's step."""
+  ms, tokens = peer['ms'], peer['rows'] * peer['length']
+  median = statistics.median(ms)
+  flops = model_flops(work._replace(rows=peer['rows'], length=peer['length']))
+  cells = [peer['model'], peer['way'], '', f'{peer["rows"]} x {peer["length"]}', f'{median:.4g}', f'{min(ms):.4g} to {max(ms):.4g}']
+  cells += [f'{tokens / median * 1e3:,.0f}', f'{flops / 1e12:.4g}', f'{flops / (median * 1e-3) / peak_flops:.1%}']
+  return '| ' + ' | '.join([*cells, f'{peer["gib"]:.3g}', f'{peer["compile_s"]:.1f} s', '']) + ' |'
+
+
+def model_flops(work: Workload) -> int:
+  """A training step's, by the model's products."""
+  model = build.build(work.config, byte_tokenizer().vocab_size, work.length)
+  params = jax.eval_shape(lambda: nn.unbox(base.init_params(model, jax.random.PRNGKey(0))))
+  return base.flops_per_token(model, params, work.length) * work.rows * work.length
+
+
+def spread(speeds: list[float]) -> str:
+  return f'{statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})'
 
 
 class Report:
@@ -178,9 +229,11 @@ def gpt2_124m(dry_run: bool) -> Workload:
 
 def nanogpt_10m(dry_run: bool) -> Workload:
   experiment = command_line.load_config(str(ROOT / 'configs' / 'tiny_shakespeare_nanogpt_gpu.py'))
-  # Kernels drop no attention weights: `auto` is plain with this model's dropout, so each kernel is also timed without it.
-  ways = {'dropout 0.2, plain': Way({'attention_kernel': 'plain'}), 'dropout 0.2, 8 steps a dispatch': Way({}, 8)}
-  ways |= {f'no dropout, {name}': Way({**TRANSFORMER_WAYS[name].changes, 'dropout': 0.0}) for name in ('plain', 'auto', 'blocks')}
+  # Kernels drop no attention weights: `auto` is plain with this model's dropout of them, so kernels are timed without it.
+  ways = {'dropout 0.2, auto': Way({}), 'dropout 0.2, auto, 8 steps a dispatch': Way({}, 8)}
+  ways['dropout 0.2 but of attention weights, auto'] = Way({'attention_dropout': 0.0})
+  none = {'dropout': 0.0, 'attention_dropout': 0.0}
+  ways |= {f'no dropout, {name}': Way({**TRANSFORMER_WAYS[name].changes, **none}) for name in ('plain', 'auto', 'blocks')}
   return _transformer(experiment, {'dim': 32, 'num_layers': 1, 'num_heads': 2}, rows=64, dry_run=dry_run, ways=ways)
 
 
@@ -193,7 +246,7 @@ def _transformer(experiment: Any, small: dict[str, int], rows: int, dry_run: boo
 
 def lstm_1024(dry_run: bool) -> Workload:
   config = lstm.LSTMConfig(dim=32 if dry_run else 1024, num_layers=2, compute_dtype='bfloat16')
-  ways = {'a step a dispatch': Way({}), '8 steps a dispatch': Way({}, 8)}
+  ways = {'plain': Way({'recurrence_kernel': 'plain'}), 'auto': Way({}), 'auto, 8 steps a dispatch': Way({}, 8)}
   rows, length = (4, 16) if dry_run else (128, 128)
   return Workload(config, optimizer.OptimizerConfig(schedule_steps=10_000), rows, length, ways, carries=True)
 
@@ -241,7 +294,7 @@ def rows_of_table(name: str, work: Workload, peak_flops: float, repeats: int, si
     fresh, take = own_step(model, work)
     if train_state is None:
       train_state = fresh()
-      flops = base.flops_per_token(model, train_state.params, work.length) * work.rows * work.length
+      flops = model_flops(work)
     programs[way] = compiled(take, train_state, work, work.ways[way].steps_a_dispatch)
     _, train_state = timed(programs[way], train_state, 1)
     seconds, train_state = timed(programs[way], train_state, 2)
@@ -289,7 +342,7 @@ def compiled(take: Any, train_state: Any, work: Workload, steps: int) -> Program
   began = time.perf_counter()
   run = jax.jit(take if steps == 1 else several, donate_argnums=0).lower(train_state, batches).compile()
   seconds, text = time.perf_counter() - began, run.as_text()
-  kernel = next((label for mark, label in (('__cudnn$fmha', 'cudnn'), ('splash_mha', 'splash')) if mark in text), 'none')
+  kernel = next((label for mark, label in KERNELS.items() if mark in text), 'none')
   return Program(run, batches, steps, seconds, run.memory_analysis(), kernel)
 
 
@@ -323,7 +376,7 @@ def draw(name: str, work: Workload, repeats: int, sizes: Sizes, clock: Clock, re
       cells.append('skipped for want of time')
       continue
     speeds = [tokens_per_s(model, weights, batch, sizes.new_tokens, seed) for seed in range(repeats + 1)][1:]  # the first compiles
-    cells.append(f'{statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})')
+    cells.append(spread(speeds))
   report.say('| ' + ' | '.join([name, *cells]) + ' |')
 
 

@@ -19,10 +19,11 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import contenders
 import numpy as np
+import torch_models
 
 CORES = os.cpu_count() or 2
 VOCAB_SIZE = 65
@@ -33,19 +34,11 @@ SECONDS_A_TURN = 3.0
 Steps = Callable[[int], float]  # takes so many steps; gives the last one's loss
 
 
-class Setting(NamedTuple):
-  batch_size: int
-  sequence_length: int
-  dim: int
-  num_layers: int
-  num_heads: int = 0  # 0: an LSTM
-
-
 SETTINGS = {
-  'nanogpt_cpu': Setting(12, 64, 128, 4, 4),
-  'nanogpt_10m': Setting(8, 256, 384, 6, 6),
-  'lstm': Setting(32, 128, 512, 1),
-  'lstm_layer': Setting(32, 128, 512, 1),
+  'nanogpt_cpu': torch_models.Sizes(VOCAB_SIZE, 12, 64, 128, 4, 4),
+  'nanogpt_10m': torch_models.Sizes(VOCAB_SIZE, 8, 256, 384, 6, 6),
+  'lstm': torch_models.Sizes(VOCAB_SIZE, 32, 128, 512, 1),
+  'lstm_layer': torch_models.Sizes(VOCAB_SIZE, 32, 128, 512, 1),
 }
 THEIRS, THEIRS_IN_OUR_BLOCK = 'PyTorch', 'PyTorch, our own block'
 NAMES = {
@@ -243,7 +236,7 @@ def their_training(setting: str, our_block: bool = False) -> tuple[Any, Callable
 
   torch.manual_seed(0)
   torch.set_num_threads(CORES)
-  model = their_model(setting, our_block)
+  model = torch_models.build(SETTINGS[setting], our_block)
   decays = [p for p in model.parameters() if p.dim() > 1]
   others = [p for p in model.parameters() if p.dim() <= 1]
   groups = [{'params': decays, 'weight_decay': WEIGHT_DECAY}, {'params': others, 'weight_decay': 0.0}]
@@ -281,77 +274,6 @@ def _share_of_peak(update: int) -> float:
     return update / WARMUP_STEPS
   done = min(1.0, (update - WARMUP_STEPS) / (SCHEDULE_STEPS - WARMUP_STEPS))
   return (FINAL_LR + (PEAK_LR - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * done))) / PEAK_LR
-
-
-def their_model(setting: str, our_block: bool = False) -> Any:
-  """GPT-2 without biases (tanh GELU, learned positions, tied table), our block, or an LSTM with a tied table, in PyTorch's modules."""
-  import torch
-  from torch import nn
-
-  s = SETTINGS[setting]
-
-  def norm(dim: int) -> Any:
-    return nn.RMSNorm(dim, eps=1e-5) if our_block else nn.LayerNorm(dim, bias=False)
-
-  class SquaredReLU(nn.Module):
-    def forward(self, x: Any) -> Any:
-      return nn.functional.relu(x).square()
-
-  class Block(nn.Module):
-    def __init__(self) -> None:
-      super().__init__()
-      self.before_attention, self.before_mlp = norm(s.dim), norm(s.dim)
-      self.qkv, self.out = nn.Linear(s.dim, 3 * s.dim, bias=False), nn.Linear(s.dim, s.dim, bias=False)
-      activation = SquaredReLU() if our_block else nn.GELU('tanh')
-      self.mlp = nn.Sequential(nn.Linear(s.dim, 4 * s.dim, bias=False), activation, nn.Linear(4 * s.dim, s.dim, bias=False))
-      if our_block:
-        head_dim = s.dim // s.num_heads
-        self.query_norm, self.key_norm = norm(head_dim), norm(head_dim)
-        angles = torch.outer(torch.arange(s.sequence_length), 10_000.0 ** (-torch.arange(0, head_dim, 2) / head_dim))
-        self.register_buffer('cos', angles.cos())
-        self.register_buffer('sin', angles.sin())
-
-    def rotate(self, x: Any) -> Any:
-      one, other = x.chunk(2, dim=-1)
-      return torch.cat([one * self.cos - other * self.sin, other * self.cos + one * self.sin], dim=-1)
-
-    def forward(self, x: Any) -> Any:
-      batch, time, dim = x.shape
-      q, k, v = (part.view(batch, time, s.num_heads, -1).transpose(1, 2) for part in self.qkv(self.before_attention(x)).split(dim, dim=2))
-      if our_block:
-        q, k = self.rotate(self.query_norm(q)), self.rotate(self.key_norm(k))
-      mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-      x = x + self.out(mixed.transpose(1, 2).reshape(batch, time, dim))
-      return x + self.mlp(self.before_mlp(x))
-
-  class GPT(nn.Module):
-    def __init__(self) -> None:
-      super().__init__()
-      self.token = nn.Embedding(VOCAB_SIZE, s.dim)
-      if our_block:
-        self.unembedding = nn.Linear(s.dim, VOCAB_SIZE, bias=False)
-      else:
-        self.position = nn.Embedding(s.sequence_length, s.dim)
-      self.blocks, self.norm = nn.Sequential(*(Block() for _ in range(s.num_layers))), norm(s.dim)
-      for param in self.parameters():
-        if param.dim() > 1:
-          nn.init.normal_(param, 0.0, 0.02)
-
-    def forward(self, ids: Any) -> Any:
-      if our_block:
-        return self.unembedding(self.norm(self.blocks(self.token(ids))))
-      x = self.token(ids) + self.position(torch.arange(ids.shape[1]))
-      return self.norm(self.blocks(x)) @ self.token.weight.T
-
-  class Recurrent(nn.Module):
-    def __init__(self) -> None:
-      super().__init__()
-      self.token, self.lstm = nn.Embedding(VOCAB_SIZE, s.dim), nn.LSTM(s.dim, s.dim, s.num_layers, batch_first=True)
-
-    def forward(self, ids: Any) -> Any:
-      return self.lstm(self.token(ids))[0] @ self.token.weight.T
-
-  return GPT() if s.num_heads else Recurrent()
 
 
 if __name__ == '__main__':

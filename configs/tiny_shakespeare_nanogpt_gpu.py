@@ -30,6 +30,7 @@ def get_config() -> experiment.Experiment:
       tied_embedding=True,
       init='gpt2',
       dropout=0.2,
+      attention_dropout=0.2,
     ),
     optimizer=optimizer.OptimizerConfig(peak_lr=1e-3, final_lr=1e-4, warmup_steps=100, b2=0.99, weight_decay=0.1, clip_norm=1.0),
     training=experiment.TrainingConfig(

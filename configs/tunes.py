@@ -18,7 +18,7 @@ def get_config() -> experiment.Experiment:
   return experiment.Experiment(
     data=corpora.DataConfig(corpus='tunes'),
     tokenizer=base.TokenizerConfig(kind='char'),
-    model=transformer.TransformerConfig(dim=128, num_layers=4, num_heads=4, dropout=0.1),
+    model=transformer.TransformerConfig(dim=128, num_layers=4, num_heads=4, dropout=0.1, attention_dropout=0.1),
     optimizer=optimizer.OptimizerConfig(peak_lr=3e-3, final_lr=1e-4, warmup_steps=100, b2=0.99),
     training=experiment.TrainingConfig(
       num_steps=1500,

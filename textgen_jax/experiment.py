@@ -72,7 +72,7 @@ MAY_CHANGE = frozenset(
   + ['training.steps_per_dispatch']
   + [f'training.{name}' for name in ('max_skipped_steps', 'spike_policy', 'spike_deviations', 'rollback_steps')]
   + ['sharding.data', 'sharding.fsdp', 'sharding.tensor', 'sharding.cpu_devices', 'sharding.rules']
-  + ['model.attention_kernel', 'model.remat', 'model.scan_layers']
+  + ['model.attention_kernel', 'model.recurrence_kernel', 'model.remat', 'model.scan_layers']
 )
 
 

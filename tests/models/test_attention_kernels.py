@@ -305,7 +305,7 @@ def test_auto(where, shapes, sight, changes, expected, monkeypatch):
     ('cudnn', ('cpu',), {}, 1024, False, 'needs an NVIDIA GPU, and JAX runs on cpu'),
     ('splash', GPU, {}, 1024, False, 'needs a TPU, and JAX runs on gpu'),
     ('cudnn', ('gpu', T4), {}, 1024, False, 'compute capability 8.0 or more, and this is NVIDIA of the test'),
-    ('cudnn', GPU, {'dropout': 0.2}, 1024, False, r'drops no attention weights, and model\.dropout is 0\.2'),
+    ('cudnn', GPU, {'attention_dropout': 0.2}, 1024, False, r'drops no attention weights, and model\.attention_dropout is 0\.2'),
     ('cudnn', GPU, {}, 1024, True, 'masks no documents'),
     ('cudnn', GPU, {'dim': 36 * 4}, 1024, False, 'head dim must be .* multiple of 8, but got 36'),
     ('cudnn', GPU, {'compute_dtype': 'float32'}, 1024, False, 'must be fp16/bf16'),

@@ -34,6 +34,7 @@ Transformer, LSTM = transformer.TransformerConfig, lstm.LSTMConfig
     (Transformer(hidden_dim=-8), 'model.hidden_dim=-8 is below 0'),
     (Transformer(vocab_multiple=0), 'model.vocab_multiple=0 is below 1'),
     (Transformer(dropout=1.0), 'model.dropout=1.0 is not in [0, 1)'),
+    (Transformer(attention_dropout=1.5), 'model.attention_dropout=1.5 is not in [0, 1)'),
     (Transformer(dropout=math.nan), 'model.dropout=nan is not in [0, 1)'),
     (Transformer(logit_softcap=-1.0), 'model.logit_softcap=-1.0 is not a finite number of at least 0'),
     (Transformer(rope_theta=1.0), 'model.rope_theta=1.0 is not a finite number above 1'),

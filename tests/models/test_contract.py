@@ -394,11 +394,11 @@ DROPOUTS = [
 
 dropouts = pytest.mark.parametrize(('config', 'name'), DROPOUTS, ids=[*CONFIGS, 'lstm_input', 'lstm_recurrent'])
 
-# One mask a batch: rows share it.
-SHARED = [(TIED_LSTM, 'weight_dropout'), (TIED_LSTM, 'embedding_dropout')]
+# One mask a batch: rows share it. And masks that may be alike where a token has few to look at.
+OTHERS = [(TIED_LSTM, 'weight_dropout'), (TIED_LSTM, 'embedding_dropout'), (transformer.TransformerConfig(), 'attention_dropout')]
 
 every_dropout = pytest.mark.parametrize(
-  ('config', 'name'), [*DROPOUTS, *SHARED], ids=[*CONFIGS, 'lstm_input', 'lstm_recurrent', 'lstm_weight', 'lstm_embedding']
+  ('config', 'name'), [*DROPOUTS, *OTHERS], ids=[*CONFIGS, 'lstm_input', 'lstm_recurrent', 'lstm_weight', 'lstm_embedding', 'attention']
 )
 
 

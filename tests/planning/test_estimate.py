@@ -56,7 +56,7 @@ def test_nothing_is_known_of_a_cpus_time(make):
 
 
 def test_cudnns_kernel_is_stood_in_for_where_it_could_run(make):
-  for model, training, kernel in [({}, {}, 'blocks'), ({'dropout': 0.1}, {}, 'plain'), ({}, {'mask_documents': True}, 'plain')]:
+  for model, training, kernel in [({}, {}, 'blocks'), ({'attention_dropout': 0.1}, {}, 'plain'), ({}, {'mask_documents': True}, 'plain')]:
     experiment, note = ahead.stand_in(make(training=training, **model), 'gpu')
     assert bool(note) == (kernel == 'blocks')
     assert estimate.make(experiment, 257, devices.parse('h100:4x1')).kernel == kernel

@@ -65,7 +65,7 @@ class Attention(nn.Module):
 
   def mix_by_kernel(self, q_BTHK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, frame: Frame, deterministic: bool) -> jax.Array:
     """`mix`, or what equals it without holding all weights at once. A variant's own mathematics is never passed over."""
-    dropout = 0.0 if deterministic else self.config.dropout
+    dropout = 0.0 if deterministic else self.config.attention_dropout
     changed = has_own_mathematics(type(self))
     how = (q_BTHK, k_BGSK, frame.sight, self.constrain)
     kernel = attention_kernels.choose(self.config.attention_kernel, *how, dropout=dropout, changed=changed)
@@ -94,7 +94,7 @@ class Attention(nn.Module):
 
   def collect(self, p_BHTS: jax.Array, v_BGSK: jax.Array, deterministic: bool) -> jax.Array:
     """Values summed by weight, after the weights' dropout, [B, T, H, K]."""
-    p_BHTS = nn.Dropout(self.config.dropout, name='dropout')(p_BHTS, deterministic=deterministic)
+    p_BHTS = nn.Dropout(self.config.attention_dropout, name='dropout')(p_BHTS, deterministic=deterministic)
     batch, heads, time, size = p_BHTS.shape
     groups = v_BGSK.shape[1]
     p_BGRTS = p_BHTS.astype(v_BGSK.dtype).reshape(batch, groups, heads // groups, time, size)

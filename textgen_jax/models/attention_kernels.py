@@ -66,7 +66,7 @@ def obstacle(kernel: str, q_BTHK: Any, k_BGSK: Any, sight: Sight, constrain: bas
   if kernel == 'blocks':
     return ''
   if dropout:
-    return f'it drops no attention weights, and model.dropout is {dropout}'
+    return f'it drops no attention weights, and model.attention_dropout is {dropout}'
   if kernel == 'causal':  # XLA's own operations: they lie as their arrays do
     return 'it masks neither documents nor a window' if sight.segment_BT is not None or sight.window < q_BTHK.shape[1] else ''
   ways = getattr(constrain, 'ways', (lambda name: 1) if jax.device_count() == 1 and backend.is_here() else None)

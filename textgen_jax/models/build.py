@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from textgen_jax import axes, errors
-from textgen_jax.models import attention, attention_kernels, base, depth, layers, lstm, transformer
+from textgen_jax.models import attention, attention_kernels, base, depth, layers, lstm, recurrence_kernels, transformer
 
 ModelConfig = transformer.TransformerConfig | lstm.LSTMConfig
 
@@ -32,6 +32,7 @@ CHOICES: dict[str, Collection[str]] = {
   'activation': ('relu2', 'swiglu', 'gelu'),
   'attention': ATTENTIONS,
   'attention_kernel': attention_kernels.KERNELS,
+  'recurrence_kernel': recurrence_kernels.KERNELS,
   'init': ('zero_residual', 'gpt2'),
   'remat': depth.REMAT,
   'dropout_mask': ('token', 'sequence'),
@@ -95,14 +96,20 @@ def check(config: ModelConfig) -> None:
 
 
 def check_kernel(model: Any, length: int, segmented: bool) -> None:
-  """Raises UserError where `model.attention_kernel` names a kernel that can't train the model here.
+  """Raises UserError where `model.attention_kernel` or `model.recurrence_kernel` names a kernel that can't train the model here.
 
   Args:
     model: what `build` gives, for training.
     length: tokens a row.
     segmented: whether rows have several documents that don't see each other.
   """
-  if not isinstance(model, transformer.Transformer) or model.config.attention_kernel in ('auto', 'plain'):
+  if isinstance(model, lstm.LSTM):
+    rows = model.constrain.ways(axes.BATCH) if hasattr(model.constrain, 'ways') else 1
+    reason = recurrence_kernels.obstacle((length, rows, 4 * model.config.dim), None, model.constrain)
+    if reason and model.config.recurrence_kernel == 'triton':
+      raise errors.UserError(f"model.recurrence_kernel='triton': {reason}")
+    return
+  if model.config.attention_kernel in ('auto', 'plain'):
     return
   call, how = _training_call(model, length, segmented)
   reason = attention_kernels.obstacle(model.config.attention_kernel, *call, **how)
@@ -127,7 +134,7 @@ def _training_call(model: transformer.Transformer, length: int, segmented: bool)
   k_BGSK = jax.ShapeDtypeStruct((rows, c.num_kv_heads or c.num_heads, length, head_dim), dtype)
   sight = attention_kernels.Sight(model.window, jax.ShapeDtypeStruct((rows, length), 'int32') if segmented else None)
   changed = attention.has_own_mathematics(model.attention_class)
-  return (q_BTHK, k_BGSK, sight, model.constrain), {'dropout': c.dropout, 'changed': changed}
+  return (q_BTHK, k_BGSK, sight, model.constrain), {'dropout': c.attention_dropout, 'changed': changed}
 
 
 def _at_least(config: ModelConfig, name: str, low: int) -> None:

@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax import struct
 
 from textgen_jax import axes
-from textgen_jax.models import base, layers, recurrence
+from textgen_jax.models import base, layers, recurrence, recurrence_kernels
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -29,6 +29,7 @@ class LSTMConfig:
   temporal_penalty: float = 0.0  # times the mean square of its output's change from token to token; the same source
   tied_embedding: bool = True  # one table for input and output; Press & Wolf 2017, arXiv:1608.05859
   vocab_multiple: int = 1  # the vocabulary is padded to a multiple of it
+  recurrence_kernel: str = 'auto'  # auto (triton on an NVIDIA GPU where it can) | plain | triton
   compute_dtype: str = 'auto'  # auto (bfloat16 on GPU and TPU, float32 on CPU) | float32 | bfloat16
 
 
@@ -65,6 +66,7 @@ class LSTMLayer(nn.Module):
 
   config: LSTMConfig
   dtype: str
+  constrain: base.Constrain = base.unconstrained
 
   @nn.compact
   def __call__(
@@ -94,6 +96,9 @@ class LSTMLayer(nn.Module):
       keep_BD = None if not c.recurrent_dropout else self.mask(c.recurrent_dropout, carry[0].shape)
     loop = gates_TBG, bias_G, kernel_DG.astype(self.dtype), carry, keep_BD, valid_TB, starts_TB
     if not keeps:
+      how = (gates_TBG.shape, valid_TB, self.constrain)
+      if recurrence_kernels.choose(c.recurrence_kernel, *how) == 'triton':
+        return *recurrence_kernels.apply(*loop[:5], starts_TB, self.constrain), None
       return *recurrence.recur(*loop), None
     last, carries_T = recurrence.scan(*loop)
     return carries_T[0].astype(self.dtype), last, carries_T
@@ -141,7 +146,7 @@ class LSTM(nn.Module):
     self.embed = layers.Embed(size, c.dim, axes.VOCAB, symmetric_uniform(0.1), dtype, self.constrain)
     time_first = (0,) if c.dropout_mask == 'sequence' else ()
     self.input_dropout = nn.Dropout(c.input_dropout, broadcast_dims=time_first)
-    self.layer = [LSTMLayer(c, dtype) for _ in range(c.num_layers)]
+    self.layer = [LSTMLayer(c, dtype, self.constrain) for _ in range(c.num_layers)]
     self.output_dropout = nn.Dropout(c.dropout, broadcast_dims=time_first)
     if not c.tied_embedding:
       self.unembedding = layers.Dense(size, (axes.EMBED, axes.VOCAB), nn.initializers.lecun_normal(), False, dtype)

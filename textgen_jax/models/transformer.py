@@ -34,7 +34,8 @@ class TransformerConfig:
   tied_embedding: bool = False  # one table for input and output
   logit_softcap: float = 0.0  # logits are squeezed between it and its negative; 0: they aren't
   init: str = 'zero_residual'  # zero_residual | gpt2
-  dropout: float = 0.0  # of embeddings, attention weights and both branches' outputs
+  dropout: float = 0.0  # of embeddings and both branches' outputs
+  attention_dropout: float = 0.0  # of attention weights, which no kernel but `blocks` drops
   remat: str = 'none'  # none | full (each block is computed again in the backward pass: less memory, a third more work) | dots (see REMAT)
   scan_layers: bool = False  # all layers as a loop: deep models compile sooner for GPUs, later for CPUs; takes a copy of them
   vocab_multiple: int = 1  # the vocabulary is padded to a multiple of it

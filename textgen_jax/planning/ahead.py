@@ -116,7 +116,7 @@ def stand_in(experiment: experiment_lib.Experiment, kind: str) -> tuple[experime
   model: Any = experiment.model  # an LSTM has no such fields
   if kind != 'gpu' or getattr(model, 'attention_kernel', '') not in ('auto', 'cudnn'):
     return experiment, ''
-  if model.dropout or experiment.training.mask_documents or model.compute_dtype == 'float32':  # which cuDNN's can't do
+  if model.attention_dropout or experiment.training.mask_documents or model.compute_dtype == 'float32':  # which cuDNN's can't do
     return experiment, ''
   changed = copy.deepcopy(experiment)
   changed.model = dataclasses.replace(model, attention_kernel='blocks')

@@ -166,7 +166,7 @@ def transformer_layer(config: Any, kernel: str, length: int, head_ways: int = 1,
   heads = c.num_heads / head_ways
   keys = (c.num_kv_heads or c.num_heads) * (c.dim // c.num_heads) / head_ways
   queries = c.dim / head_ways
-  dropped = 2 * c.dim + (length * heads if kernel == 'plain' else 0) if c.dropout else 0  # masks, a byte each
+  dropped = (2 * c.dim if c.dropout else 0) + (length * heads if c.attention_dropout and kernel == 'plain' else 0)  # masks, a byte each
   ups = (2 if c.activation == 'swiglu' else 1) * hidden
   products = queries + 2 * keys + ups  # what they give
   attention = {

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import struct
+
+# JAX shows the setting, but not for one program.
+from jax._src import config as config_states
 from jax.sharding import Mesh
 
 from textgen_jax import sharding
@@ -43,7 +46,7 @@ def create(
   mesh: Mesh,
   averages: bool = False,
 ) -> tuple[Any, TrainState, TrainState]:
-  """How to make a fresh state: shapes, then shardings, then a jitted init.
+  """How to make a fresh state: shapes, then shardings, then the program that fills them.
 
   Args:
     model: the model.
@@ -93,4 +96,12 @@ def create(
     opt_state=sharding.optimizer_shardings(abstract.opt_state, abstract.params, params, mesh),
     carry=jax.tree.map(lambda _: sharding.batch_sharding(config, mesh), abstract.carry),
   )
-  return jax.jit(init, out_shardings=shardings), abstract, shardings
+  jitted = jax.jit(init, out_shardings=shardings)
+
+  def fresh() -> TrainState:
+    # A GPU's program of random numbers by XLA's own operations takes half a second a parameter to compile: 41 s for GPT-2's smallest,
+    # where these kernels take 4, on two cores. The numbers are the same. XLA can't split them over devices.
+    with config_states.threefry_gpu_kernel_lowering(mesh.size == 1):
+      return jitted()
+
+  return fresh, abstract, shardings
