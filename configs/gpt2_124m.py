@@ -6,9 +6,10 @@ The recipe is nanoGPT's: 491,520 tokens a step, 600,000 steps, here in micro-bat
 rows for one GPU; on eight, --config.training.accumulation_steps=5 gives each as many. The
 text is read as bytes, and `vocab_multiple` pads the table to the 50,304 rows that it has
 in nanoGPT, so that sizes and speeds can be compared; --config.model.vocab_multiple=128
-saves the 38 M parameters that bytes don't need. Memory as XLA plans it for one H100 of 80 GB,
-compiled without one: 9.8 GiB with cuDNN's attention, which such a GPU gets; 10.4 in blocks,
-20.0 plain. Score and cost: not measured, for want of a GPU.
+saves the 38 M parameters that bytes don't need. Memory: 7.7 GiB as XLA plans it for an H100
+(`python -m textgen_jax.tools.plan --config=configs/gpt2_124m.py --topology=h100:1x1 --compile`).
+Speed: 540,000 tokens/s on one H200, in batches of 32 rows (benchmarks/results/2026-11-28-h200.md):
+all steps would take it 6.3 days. Score: not measured.
 """
 
 from textgen_jax import experiment

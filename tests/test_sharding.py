@@ -102,6 +102,15 @@ def test_a_kernel_on_each_device_s_own_rows(found):
     np.testing.assert_allclose(split, whole, rtol=1e-5, atol=1e-5)
 
 
+def test_a_recurrence_on_each_device_s_own_rows(found):
+  """The gradients of what all devices share are summed over them."""
+  result = found[2]['split recurrence']
+  assert len(result['split']) == 5
+  for split, whole in zip(result['split'], result['whole'], strict=True):
+    assert np.abs(whole).max() > 0.1
+    np.testing.assert_allclose(split, whole, rtol=1e-5, atol=1e-5)
+
+
 def test_chunks_of_logits_and_dispatches_of_several_steps_on_a_mesh(found):
   one, other = found[4]['transformer 2x2 in chunks and dispatches'], found[4]['transformer 2x2']
   np.testing.assert_allclose(one['losses'], other['losses'], rtol=1e-5)

@@ -19,7 +19,7 @@ import numpy as np
 from textgen_jax import assembly, errors, sharding, trainer, trees
 from textgen_jax import experiment as experiment_lib
 from textgen_jax.data import corpora, tokens
-from textgen_jax.models import attention_kernels, lstm, transformer
+from textgen_jax.models import attention_kernels, lstm, recurrence_kernels, transformer
 from textgen_jax.text import base
 from textgen_jax.training import checkpoints, evaluate, losses, optimizer, step
 
@@ -127,6 +127,26 @@ def split_rows():
   return found
 
 
+def split_recurrence():
+  """A GPU's kernel, interpreted, each device on its own rows; beside it on all rows at once."""
+  config = sharding.ShardingConfig()
+  rng = np.random.default_rng(0)
+  gates_TBG, bias_G, kernel_DG = (rng.normal(size=shape).astype(np.float32) for shape in ((5, 4, 32), (32,), (8, 32)))
+  carry, keep_BD = tuple(rng.normal(size=(2, 4, 8)).astype(np.float32)), np.float32(2 * (rng.random((4, 8)) < 0.5))
+  starts_TB = rng.random((5, 4)) < 0.3
+  found = {}
+  for name, constrain in {'split': sharding.make_constrain(config, sharding.make_mesh(config)), 'whole': None}.items():
+
+    def total(gates_TBG, bias_G, kernel_DG, carry, constrain=constrain):
+      loop = gates_TBG, bias_G, kernel_DG, carry, keep_BD, starts_TB, constrain
+      hidden_TBD, last = recurrence_kernels.apply(*loop, interpret=True)
+      return (hidden_TBD**2).sum() + last[0].sum() + (last[1] ** 3).sum()
+
+    grads = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))(gates_TBG, bias_G, kernel_DG, carry)
+    found[name] = [np.asarray(x).ravel().tolist() for x in jax.tree.leaves(grads)]
+  return found
+
+
 def complaint(experiment):
   try:
     assemble(experiment)
@@ -156,6 +176,7 @@ def main(num_devices, text, workdir):
   found['muon'] = losses_and_places(make('transformer', text, data=data, fsdp=fsdp, optimizer_kind='muon'))
   if num_devices == 2:
     found['split rows'] = split_rows()
+    found['split recurrence'] = split_recurrence()
     found['transformer tensor'] = losses_and_places(make('transformer', text, data=1, fsdp=2, rules=TENSOR_RULES))
     found['lstm tensor'] = losses_and_places(make('lstm', text, data=1, fsdp=2, rules=TENSOR_RULES))
     found['transformer 2x1 accumulated'] = losses_and_places(make('transformer', text, data=2, accumulation_steps=2))

@@ -104,8 +104,7 @@ def check_kernel(model: Any, length: int, segmented: bool) -> None:
     segmented: whether rows have several documents that don't see each other.
   """
   if isinstance(model, lstm.LSTM):
-    rows = model.constrain.ways(axes.BATCH) if hasattr(model.constrain, 'ways') else 1
-    reason = recurrence_kernels.obstacle((length, rows, 4 * model.config.dim), None, model.constrain)
+    reason = recurrence_kernels.obstacle(*_training_loop(model, length))
     if reason and model.config.recurrence_kernel == 'triton':
       raise errors.UserError(f"model.recurrence_kernel='triton': {reason}")
     return
@@ -118,11 +117,17 @@ def check_kernel(model: Any, length: int, segmented: bool) -> None:
 
 
 def kernel_of(model: Any, length: int, segmented: bool) -> str:
-  """The attention kernel that `model.attention_kernel` comes to in training; empty for a model without attention. Arguments as above."""
-  if not isinstance(model, transformer.Transformer):
-    return ''
+  """What `model.attention_kernel` or `model.recurrence_kernel` comes to in training. Arguments as above."""
+  if isinstance(model, lstm.LSTM):
+    return recurrence_kernels.choose(model.config.recurrence_kernel, *_training_loop(model, length))
   call, how = _training_call(model, length, segmented)
   return attention_kernels.choose(model.config.attention_kernel, *call, **how)
+
+
+def _training_loop(model: lstm.LSTM, length: int) -> tuple[tuple[int, ...], None, base.Constrain]:
+  """What a recurrence is given in training: the shape of its gates, no padding, and constrain."""
+  rows = model.constrain.ways(axes.BATCH) if hasattr(model.constrain, 'ways') else 1
+  return (length, rows, 4 * model.config.dim), None, model.constrain
 
 
 def _training_call(model: transformer.Transformer, length: int, segmented: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:

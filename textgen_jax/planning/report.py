@@ -35,7 +35,7 @@ def content(
     'parameters': plan.parameters,
     'non_embedding_parameters': plan.non_embedding,
     'vocabulary': plan.vocab,
-    'attention_kernel': plan.kernel or None,
+    'kernel': plan.kernel,
     'flops_per_token': plan.flops_per_token,
     'tokens_per_step': plan.tokens_per_step,
     'flops_per_step': plan.flops_per_step,
@@ -83,7 +83,7 @@ def text(told: dict[str, Any]) -> str:
   lines += [f'  {names.get(name, name):22}{_gib(size)}' for name, size in sizes.items() if name not in ('peak', 'memory', 'cache_of_a_row')]
   lines += [
     f'  {"peak":22}{_gib(sizes["peak"])} of {_gib(sizes["memory"]).strip() if sizes["memory"] else "unknown"}'
-    + (f', attention kernel {told["attention_kernel"]}' if told['attention_kernel'] else ''),
+    + f', kernel {told["kernel"]}',
     f'  {"cache, a row":22}{_gib(sizes["cache_of_a_row"])}, in generation',
   ]
   if told['collectives']:
