@@ -9,7 +9,8 @@ state. A model's ways of taking a step are timed in turns, in one process, on on
 compiled program holds, whatever was asked for. MFU is the model's FLOPs (products, backward pass included, each masked half of attention
 too) a second, over those of the fastest of some bfloat16 products of [8192, 8192] in the same run. Memory is what XLA plans for one
 program, the state included. Rows a step are halved until every way fits. Generation draws texts of 128 tokens, batches of like prompts,
-encoding and decoding included. --peers has PyTorch do the same first, in a process of its own (`gpu_peers.py`; it needs `.[bench]`).
+encoding and decoding included. --peers has PyTorch do the same first, in a process of its own (`gpu_peers.py`; it needs `.[bench]`), whose
+memory is the most that PyTorch had in use, and whose compilation is the first step; it has --minutes of its own.
 
 One device is used. --dry_run shrinks all sizes, so that it runs on a CPU in less than a minute: its figures mean nothing.
 """
@@ -25,6 +26,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -32,12 +34,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch_models
 from flax import linen as nn
 from jax.sharding import AxisType
 
 from textgen_jax import command_line, sharding
 from textgen_jax.data import windows
-from textgen_jax.models import base, build, lstm
+from textgen_jax.models import base, build, layers, lstm
 from textgen_jax.sampling import generate, params
 from textgen_jax.text import byte
 from textgen_jax.training import optimizer, state, step
@@ -104,10 +107,18 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument('--output', metavar='FILE', help='the tables go there too')
   parser.add_argument('--dry_run', action='store_true', help='tiny sizes')
   args = parser.parse_args(argv)
-  sizes, clock = (DRY if args.dry_run else FULL), Clock(args.minutes)
+  sizes = DRY if args.dry_run else FULL
   sizes = sizes if args.batches is None else sizes._replace(batches=tuple(args.batches))
+  works = {name: MODELS[name](args.dry_run) for name in args.models}
+  if args.ways:
+    known = {way for work in works.values() for way in work.ways}
+    for way in args.ways:
+      if way not in known:
+        parser.error(f'--ways {way!r} is none of {", ".join(map(repr, known))}')
+    works = {name: work._replace(ways={way: how for way, how in work.ways.items() if way in args.ways}) for name, work in works.items()}
   report = Report(args.output)
-  peers = ask_peers(args) if args.peers else []  # before JAX takes the memory
+  peers = ask_peers(args, sizes) if args.peers else []  # before JAX takes the memory
+  clock = Clock(args.minutes)
   report.say(f'# {datetime.date.today().isoformat()}, {jax.devices()[0].device_kind}\n')
   named = ('jax', 'jaxlib', 'flax', 'optax', *(one for one in ('jax-cuda13-plugin', 'jax-cuda12-plugin', 'libtpu') if installed(one)))
   report.say(', '.join(f'{name} {importlib.metadata.version(name)}' for name in named) + f'; {jax.devices()[0].client.platform_version!r}')
@@ -115,10 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   peak_flops = product_flops(sizes.product)
   report.say(f'The fastest bfloat16 product of [{sizes.product}, {sizes.product}]: {peak_flops / 1e12:.4g} TFLOP/s.\n')
   report.say(f"## Training, median of {args.repeats}\n\n| {' | '.join(FIELDS)} |\n{'|---' * len(FIELDS)}|")
-  for name in args.models:
-    work = MODELS[name](args.dry_run)
-    if args.ways:
-      work = work._replace(ways={way: how for way, how in work.ways.items() if way in args.ways})
+  for name, work in works.items():
     if work.ways:
       train(name, work, peak_flops, args.repeats, sizes, clock, report)
     for peer in peers:
@@ -129,32 +137,45 @@ def main(argv: Sequence[str] | None = None) -> None:
   titles = [f'batch {batch}' for batch in sizes.batches]
   report.say(f"\n## Generation, tokens/s, median of {args.repeats} (least to most)\n\n| model | {' | '.join(titles)} |")
   report.say('|---' * (1 + len(titles)) + '|')
-  for name in args.models:
-    draw(name, MODELS[name](args.dry_run), args.repeats, sizes, clock, report)
+  for name, work in works.items():
+    draw(name, work, args.repeats, sizes, clock, report)
   drawn = [peer['tokens_per_s'] for peer in peers if peer['part'] == 'generation']
   if drawn:
     report.say('| ' + ' | '.join(['Hugging Face, gpt2_124m', *map(spread, drawn)]) + ' |')
   report.say(f'\n{peak_memory()}')
 
 
-def ask_peers(args: argparse.Namespace) -> list[dict[str, Any]]:
-  batches = [] if args.batches is None else ['--batches', *map(str, args.batches)]
-  how = ['--models', *args.models, f'--repeats={args.repeats}', *batches, *(['--dry_run'] if args.dry_run else [])]
+def ask_peers(args: argparse.Namespace, sizes: Sizes) -> list[dict[str, Any]]:
+  """What PyTorch measured; all that it has told where it took too long or failed."""
+  models = {name: peer_sizes(MODELS[name](args.dry_run)) for name in args.models}
+  asked = {'device': 'cpu' if args.dry_run else 'cuda', 'models': models, 'repeats': args.repeats, 'turn_s': sizes.turn_s}
+  asked |= {'batches': sizes.batches, 'new_tokens': sizes.new_tokens, 'temperature': TEMPERATURE}
   script = pathlib.Path(__file__).with_name('gpu_peers.py')
-  done = subprocess.run([sys.executable, str(script), *how], stdout=subprocess.PIPE, text=True)
-  if done.returncode:
-    print(f'{script.name} ended with {done.returncode}', file=sys.stderr)  # what it has told by then stands
-  return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+  with tempfile.TemporaryFile('w+') as told:
+    try:
+      done = subprocess.run([sys.executable, str(script), json.dumps(asked)], stdout=told, timeout=60 * args.minutes)
+      if done.returncode:
+        print(f'{script.name} ended with {done.returncode}', file=sys.stderr)
+    except subprocess.TimeoutExpired:
+      print(f'{script.name} had not ended after {args.minutes} minutes', file=sys.stderr)
+    told.seek(0)
+    return [json.loads(line) for line in told if line.startswith('{')]
+
+
+def peer_sizes(work: Workload) -> torch_models.Sizes:
+  c: Any = work.config
+  vocab = layers.padded_size(byte_tokenizer().vocab_size, c.vocab_multiple)
+  heads, dropout = getattr(c, 'num_heads', 0), c.dropout
+  return torch_models.Sizes(vocab, work.rows, work.length, c.dim, c.num_layers, heads, dropout)
 
 
 def peer_row(peer: dict[str, Any], work: Workload, peak_flops: float) -> str:
   """A peer's row of the table of training, with the FLOPs of our model's step."""
-  ms, tokens = peer['ms'], peer['rows'] * peer['length']
+  ms, tokens, flops = peer['ms'], work.rows * work.length, model_flops(work)
   median = statistics.median(ms)
-  flops = model_flops(work._replace(rows=peer['rows'], length=peer['length']))
-  cells = [peer['model'], peer['way'], '', f'{peer["rows"]} x {peer["length"]}', f'{median:.4g}', f'{min(ms):.4g} to {max(ms):.4g}']
+  cells = [peer['model'], peer['way'], '', f'{work.rows} x {work.length}', f'{median:.4g}', f'{min(ms):.4g} to {max(ms):.4g}']
   cells += [f'{tokens / median * 1e3:,.0f}', f'{flops / 1e12:.4g}', f'{flops / (median * 1e-3) / peak_flops:.1%}']
-  return '| ' + ' | '.join([*cells, f'{peer["gib"]:.3g}', f'{peer["compile_s"]:.1f} s', '']) + ' |'
+  return '| ' + ' | '.join([*cells, f'{peer["gib"]:.3g}', f'{peer["first_s"]:.1f} s', '']) + ' |'
 
 
 def model_flops(work: Workload) -> int:

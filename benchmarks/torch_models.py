@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 
 class Sizes(NamedTuple):
+  """Of a model and of its batches."""
+
   vocab_size: int
   batch_size: int
   sequence_length: int
@@ -11,6 +13,12 @@ class Sizes(NamedTuple):
   num_layers: int
   num_heads: int = 0  # 0: an LSTM
   dropout: float = 0.0  # of GPT-2: embeddings, attention weights and both branches' outputs
+
+
+def decay_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
+  """Parameters as AdamW takes them: vectors don't decay."""
+  groups = {True: weight_decay, False: 0.0}
+  return [{'params': [p for p in model.parameters() if (p.dim() > 1) is wide], 'weight_decay': decay} for wide, decay in groups.items()]
 
 
 def build(sizes: Sizes, our_block: bool = False) -> Any:

@@ -237,10 +237,7 @@ def their_training(setting: str, our_block: bool = False) -> tuple[Any, Callable
   torch.manual_seed(0)
   torch.set_num_threads(CORES)
   model = torch_models.build(SETTINGS[setting], our_block)
-  decays = [p for p in model.parameters() if p.dim() > 1]
-  others = [p for p in model.parameters() if p.dim() <= 1]
-  groups = [{'params': decays, 'weight_decay': WEIGHT_DECAY}, {'params': others, 'weight_decay': 0.0}]
-  optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(B1, B2), fused=True)
+  optimizer = torch.optim.AdamW(torch_models.decay_groups(model, WEIGHT_DECAY), lr=PEAK_LR, betas=(B1, B2), fused=True)
   schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(_share_of_peak))
 
   def take(batch: Any) -> Any:

@@ -6,10 +6,10 @@ The recipe is nanoGPT's: 491,520 tokens a step, 600,000 steps, here in micro-bat
 rows for one GPU; on eight, --config.training.accumulation_steps=5 gives each as many. The
 text is read as bytes, and `vocab_multiple` pads the table to the 50,304 rows that it has
 in nanoGPT, so that sizes and speeds can be compared; --config.model.vocab_multiple=128
-saves the 38 M parameters that bytes don't need. Memory: 7.7 GiB as XLA plans it for an H100
+saves the 38 M parameters that bytes don't need. Memory: 7.4 GiB as XLA plans it for an H100
 (`python -m textgen_jax.tools.plan --config=configs/gpt2_124m.py --topology=h100:1x1 --compile`).
 Speed: 540,000 tokens/s on one H200, in batches of 32 rows (benchmarks/results/2026-11-28-h200.md):
-all steps would take it 6.3 days. Score: not measured.
+at that speed all steps would take 6.3 days. Score: not measured.
 """
 
 from textgen_jax import experiment

@@ -9,8 +9,11 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FAULTS = """
-import resource, sys, threading
+import os, resource, sys, threading
 from textgen_jax import allocator, signals
+cores = 5 if 'cores' in sys.argv else 4
+os.sched_getaffinity = lambda process: range(cores)
+allocator.ACCELERATORS = ('/dev/nul[l]',) if 'accelerator' in sys.argv else ()
 if 'kept' in sys.argv:
   allocator.keep_memory()
 signals.watch()
@@ -31,7 +34,8 @@ print(faults(work), faults(in_a_thread))
 
 
 def faults(*argv, **environment):
-  env = {name: value for name, value in os.environ.items() if not name.startswith('MALLOC_') and name != 'GLIBC_TUNABLES'}
+  settled = ('GLIBC_TUNABLES', 'JAX_PLATFORMS')
+  env = {name: value for name, value in os.environ.items() if not name.startswith('MALLOC_') and name not in settled}
   command = [sys.executable, '-c', FAULTS, *argv]
   done = subprocess.run(command, cwd=ROOT, env=env | environment, capture_output=True, text=True, timeout=60, check=True)
   return [int(count) for count in done.stdout.split()]
@@ -43,3 +47,6 @@ def test_pages_are_mapped_once():
   assert max(faults('kept')) < pages / 100
   assert min(faults()) > pages / 2
   assert min(faults('kept', MALLOC_TOP_PAD_='0')) > pages / 2  # the user's word stands
+  for where in ('cores', 'accelerator'):
+    assert min(faults('kept', where)) > pages / 2
+  assert max(faults('kept', 'accelerator', JAX_PLATFORMS='cpu')) < pages / 100

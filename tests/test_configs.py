@@ -24,6 +24,14 @@ def test_config(path):
   assert f'configs/{path.name} --workdir=' in path.read_text()
 
 
+def test_what_was_stored_before_attention_had_a_dropout_of_its_own_is_read():
+  experiment = experiment_lib.Experiment(model=build.CONFIGS['transformer'](dropout=0.2, attention_dropout=0.1))
+  content = experiment_lib.to_json(experiment)
+  assert experiment_lib.from_json(content, 'stored').model.attention_dropout == 0.1
+  del content['model']['attention_dropout']
+  assert experiment_lib.from_json(content, 'stored').model.attention_dropout == 0.2
+
+
 @pytest.mark.parametrize(('stored', 'remat'), [(False, 'none'), (True, 'full')])
 def test_what_was_stored_before_remat_was_a_name_is_read(stored, remat):
   experiment = command_line.load_config(f'{conftest.CONFIGS}/debug.py')

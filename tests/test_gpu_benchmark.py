@@ -42,3 +42,31 @@ def test_what_does_not_fit_is_tried_with_half_the_rows(monkeypatch):
   gpu.train('lstm', gpu.lstm_1024(dry_run=False), 1e12, 1, gpu.FULL, gpu.Clock(-1), report)
   assert tried == [128, 64, 32]
   assert 'skipped for want of time' in said[-1]
+
+
+def test_a_peers_row_counts_our_models_operations():
+  work = gpu.lstm_1024(dry_run=True)
+  assert gpu.peer_sizes(work) == (257, 4, 16, 32, 2, 0, 0.0)
+  assert gpu.peer_sizes(gpu.nanogpt_10m(dry_run=False)) == (257, 64, 256, 384, 6, 6, 0.2)
+  assert gpu.peer_sizes(gpu.gpt2_124m(dry_run=False)) == (50_304, 32, 1024, 768, 12, 12, 0.0)
+  peer = {'model': 'lstm', 'way': 'theirs', 'ms': [3.0, 1.0, 2.0], 'gib': 1.5, 'first_s': 2.0}
+  flops = 6 * (2 * (32 + 32) * 4 * 32 + 257 * 32) * 4 * 16
+  row = dict(zip(gpu.FIELDS, [cell.strip() for cell in gpu.peer_row(peer, work, 1e12).strip('|').split('|')], strict=True))
+  assert (row['ms a step'], row['least to most'], row['tokens/s']) == ('2', '1 to 3', '32,000')
+  assert float(row['MFU'].strip('%')) / 100 == pytest.approx(flops / 2e-3 / 1e12, abs=6e-4)
+
+
+def test_a_way_that_no_model_has_is_refused(capsys):
+  with pytest.raises(SystemExit):
+    gpu.main(['--dry_run', '--models', 'lstm', '--ways', 'autp'])
+  assert "--ways 'autp' is none of" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures('quickly')
+def test_a_run_of_one_way_beside_pytorch(tmp_path, capsys, monkeypatch):
+  pytest.importorskip('torch')
+  monkeypatch.setattr(gpu, 'DRY', gpu.DRY._replace(turn_s=0.0))
+  gpu.main(['--dry_run', '--models', 'lstm', '--ways', 'plain', '--batches', '--repeats=2', '--peers'])
+  out = capsys.readouterr().out
+  assert [line.split(' | ')[1].partition(' ')[0] for line in out.splitlines() if line.startswith('| lstm')] == ['plain', 'PyTorch']
+  assert 'Generation' not in out

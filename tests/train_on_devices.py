@@ -182,7 +182,7 @@ def main(num_devices, text, workdir):
     found['transformer 2x1 accumulated'] = losses_and_places(make('transformer', text, data=2, accumulation_steps=2))
   if num_devices == 4:
     few = 4 * 2 * 3 * 24  # logits of three tokens, of the two rows of a device
-    with mock.patch.dict(losses.MOST_LOGITS_BYTES, cpu=few):
+    with mock.patch.object(losses, 'MOST_LOGITS_BYTES_ON_CPU', few):
       found['transformer 2x2 in chunks and dispatches'] = losses_and_places(make('transformer', text, data=2, fsdp=2, steps_per_dispatch=8))
   found['errors'] = {
     'batch': complaint(make('lstm', text, batch_size=6)),

@@ -12,8 +12,8 @@ _SETTINGS = (
   (-1, 2**31 - 1),  # M_TRIM_THRESHOLD: bytes at the heap's end that stay
   (-2, 64 << 20),  # M_TOP_PAD: bytes more than are needed, when it grows
 )
-MOST_CORES = 4
-_ACCELERATORS = ('/dev/nvidiactl', '/dev/kfd', '/dev/accel[0-9]*', '/dev/vfio/[0-9]*')  # of NVIDIA, AMD and Google
+MOST_CORES = 4  # of 2, where it pays, and 16, where it doesn't, alone measured
+ACCELERATORS = ('/dev/nvidiactl', '/dev/dxg', '/dev/kfd', '/dev/accel[0-9]*', '/dev/vfio/[0-9]*')  # NVIDIA (Linux, WSL), AMD, Google
 
 
 def keep_memory() -> None:
@@ -29,7 +29,7 @@ def keep_memory() -> None:
   """
   if not sys.platform.startswith('linux') or any(name.startswith('MALLOC_') or name == 'GLIBC_TUNABLES' for name in os.environ):
     return
-  if len(os.sched_getaffinity(0)) > MOST_CORES or (os.environ.get('JAX_PLATFORMS') != 'cpu' and any(map(glob.glob, _ACCELERATORS))):
+  if len(os.sched_getaffinity(0)) > MOST_CORES or (os.environ.get('JAX_PLATFORMS') != 'cpu' and any(map(glob.glob, ACCELERATORS))):
     return
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
   if mallopt is not None:  # musl has none

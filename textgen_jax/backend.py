@@ -19,6 +19,18 @@ def is_here() -> bool:
   return _target.get() is None
 
 
+def nvidia_obstacle() -> str:
+  """Why what needs an NVIDIA GPU of compute capability 8.0 or more, to be compiled and to run, can't be; empty where it can."""
+  if name() != 'gpu':
+    return f'it needs an NVIDIA GPU, and JAX runs on {name()}'
+  if not is_here():
+    return 'it can only be compiled where the GPU is'
+  device = jax.local_devices()[0]
+  if 'cuda' not in device.client.platform_version or float(device.compute_capability) < 8:
+    return f'it needs an NVIDIA GPU of compute capability 8.0 or more, and this is {device.device_kind}'
+  return ''
+
+
 @contextlib.contextmanager
 def target(kind: str) -> Iterator[None]:
   """What is traced within is for devices of this kind, whatever JAX runs on."""

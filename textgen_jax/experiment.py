@@ -233,6 +233,8 @@ def from_json(content: Any, source: str) -> Experiment:
   remat = content['model'].get('remat')
   if isinstance(remat, bool):  # what runs have stored that began before it was a name
     content['model']['remat'] = 'full' if remat else 'none'
+  if kind == 'transformer' and 'dropout' in content['model']:  # which was that of attention weights too
+    content['model'].setdefault('attention_dropout', content['model']['dropout'])
   experiment = Experiment(model=build.CONFIGS[kind]())
   _fill(experiment, content, source, '')
   check(experiment)

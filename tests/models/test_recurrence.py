@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from textgen_jax import backend
 from textgen_jax.models import recurrence
 
 T, B, D = 7, 3, 5
@@ -82,6 +83,20 @@ def test_outputs_carry_and_every_gradient_are_the_textbook_s(kinds):
   assert_all_close(outputs, expected)
   assert_all_close(slopes, expected_slopes)
   assert all(np.abs(x).max() > 0.01 for x in jax.tree.leaves(expected_slopes))
+
+
+def test_a_gpu_s_loop_of_several_steps_a_turn_is_the_same(monkeypatch):
+  args, mask = inputs(), masks(True, True, True)
+  monkeypatch.setattr(recurrence, 'STEPS_A_TURN_ON_GPU', 3)  # of seven
+
+  def total(args):
+    return jnp.sin(recurrence.recur(*args, *mask)[0]).sum()
+
+  expected = quick_jit(jax.value_and_grad(total))(args)
+  with backend.target('gpu'):
+    text = quick_jit(jax.value_and_grad(lambda args: total(args))).lower(args)
+    assert_all_close(quick_jit(jax.value_and_grad(lambda args: total(args)))(args), expected)
+  assert text.as_text() != quick_jit(jax.value_and_grad(total)).lower(args).as_text()
 
 
 @every_mask

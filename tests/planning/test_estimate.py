@@ -60,5 +60,9 @@ def test_cudnns_kernel_is_stood_in_for_where_it_could_run(make):
     experiment, note = ahead.stand_in(make(training=training, **model), 'gpu')
     assert bool(note) == (kernel == 'blocks')
     assert estimate.make(experiment, 257, devices.parse('h100:4x1')).kernel == kernel
+  for kernel, said in [('auto', True), ('triton', True), ('plain', False)]:
+    experiment, note = ahead.stand_in(make('lstm', recurrence_kernel=kernel), 'gpu')
+    assert (experiment.model.recurrence_kernel, 'plain loop' in note) == ('plain', said)
+    assert estimate.make(experiment, 257, devices.parse('h100:4x1')).kernel == 'plain'
   experiment, note = ahead.stand_in(make(), 'tpu')
   assert (experiment.model.attention_kernel, note) == ('auto', '')

@@ -71,10 +71,9 @@ def test_tensor_parallel_devices_share_heads_and_hidden_units(make):
 def test_an_lstm_keeps_gates_and_cells_in_float32(make):
   config = make('lstm', compute_dtype='bfloat16').model
   with backend.target('tpu'):
-    assert dataclasses.astuple(footprint.lstm_layer(config, 'plain')) == (64 * (4 * 4 + 4 + 2), 64 * (4 * 4 + 4 * 2 + 4))
+    assert dataclasses.astuple(footprint.lstm_layer(config)) == (64 * (4 * 4 + 4 + 2), 64 * (4 * 4 + 4 * 2 + 4))
   with backend.target('gpu'):
-    assert dataclasses.astuple(footprint.lstm_layer(config, 'plain')) == (64 * (4 * 4 + 4 + 2 + 4 * 4), 64 * (4 * 2 + 4))
-    assert dataclasses.astuple(footprint.lstm_layer(config, 'triton')) == (64 * (4 * 4 + 4 + 2), 64 * (4 * 2 + 4 * 2 + 4))
+    assert dataclasses.astuple(footprint.lstm_layer(config)) == (64 * (4 * 4 + 4 + 2 + 4 * 4), 64 * (4 * 2 + 4))
 
 
 def test_a_large_vocabulary_is_read_in_chunks(make):

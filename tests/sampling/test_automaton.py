@@ -145,7 +145,7 @@ def test_fewest_steps_by_hand():
   [
     ('a(?=b)', 'has lookaround,'),
     ('(?<!b)a', 'has negative lookaround,'),
-    ('(?!)', 'negative lookaround'),
+    ('(?!a)', 'negative lookaround'),
     (r'(a)\1', 'a backreference'),
     ('(?P<x>a)(?P=x)', 'a backreference'),
     ('(a)?(?(1)b|c)', 'a conditional group'),

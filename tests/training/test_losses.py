@@ -53,7 +53,7 @@ def test_entropy_by_hand():
 
 def few_logits_at_once(monkeypatch, rows, tokens, vocab_size):
   """So many tokens of a row, times so many rows, are a chunk."""
-  monkeypatch.setitem(losses.MOST_LOGITS_BYTES, 'cpu', 4 * rows * tokens * vocab_size)
+  monkeypatch.setattr(losses, 'MOST_LOGITS_BYTES_ON_CPU', 4 * rows * tokens * vocab_size)
 
 
 def draw(rows, time, dim=5, vocab_size=14, seed=0):

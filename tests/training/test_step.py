@@ -69,7 +69,7 @@ def test_logits_in_chunks_make_the_same_step(make_model, make_params, make_batch
   model = make_model('transformer')
   batch, old = make_batch(4), make_state(make_params(model), recorder)
   whole, whole_sums = plain_step(model, recorder, 1)(old, batch)
-  monkeypatch.setitem(losses.MOST_LOGITS_BYTES, 'cpu', 4 * 2 * 4 * 12)  # four tokens of two rows: not a divisor of six
+  monkeypatch.setattr(losses, 'MOST_LOGITS_BYTES_ON_CPU', 4 * 2 * 4 * 12)  # four tokens of two rows: not a divisor of six
   lowered = jax.jit(step.make_train_step(model, recorder, no_rate, 2)).lower(old, batch)
   assert lowered.as_text().count('stablehlo.while') == 2  # over micro-batches, and over chunks
   parts, sums = lowered.compile()(old, batch)

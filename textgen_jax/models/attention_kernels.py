@@ -76,13 +76,9 @@ def obstacle(kernel: str, q_BTHK: Any, k_BGSK: Any, sight: Sight, constrain: bas
 
 
 def _cudnn_obstacle(q_BTHK: Any, k_BGSK: Any, sight: Sight) -> str:
-  if backend.name() != 'gpu':
-    return f'it needs an NVIDIA GPU, and JAX runs on {backend.name()}'
-  if not backend.is_here():
-    return 'it can only be compiled where the GPU is'
-  device = jax.local_devices()[0]
-  if 'cuda' not in device.client.platform_version or float(device.compute_capability) < 8:
-    return f'it needs an NVIDIA GPU of compute capability 8.0 or more, and this is {device.device_kind}'
+  reason = backend.nvidia_obstacle()
+  if reason:
+    return reason
   if sight.segment_BT is not None:
     return 'it masks no documents'  # but by a bias of [B, 1, T, S], whose gradient it then makes too
   try:  # JAX knows which widths and types cuDNN takes, by version and GPU

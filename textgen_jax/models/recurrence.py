@@ -5,12 +5,17 @@ they are; a start zeroes them first.
 Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from textgen_jax import backend
+
 Carry = tuple[jax.Array, jax.Array]  # hidden_BD and cell_BD, in float32
+
+STEPS_A_TURN_ON_GPU = 8  # which are launched together: two layers, 1,024 wide, 12.3 ms a step of training became 10.3 on an H200; 32: 11.8
 
 
 def scan(
@@ -33,7 +38,7 @@ def scan(
     carry = _hold(valid_B, carry, _advance(acts_BG, before[1]))
     return carry, carry
 
-  return jax.lax.scan(step, carry, (gates_TBG, valid_TB, starts_TB))
+  return _loop(step, carry, (gates_TBG, valid_TB, starts_TB))
 
 
 @jax.custom_vjp
@@ -65,7 +70,7 @@ def _forward(
     return (carry, acts_TBG), (carry[0].astype(kernel_DG.dtype), cell_BD)
 
   inputs = jnp.arange(len(gates_TBG)), valid_TB, starts_TB
-  (last, acts_TBG), (hidden_TBD, cell_TBD) = jax.lax.scan(step, (carry, gates_TBG.astype(jnp.float32)), inputs)
+  (last, acts_TBG), (hidden_TBD, cell_TBD) = _loop(step, (carry, gates_TBG.astype(jnp.float32)), inputs)
   return (hidden_TBD, last), (acts_TBG, hidden_TBD, cell_TBD, last[1], carry[0], kernel_DG, keep_BD, valid_TB, starts_TB)
 
 
@@ -88,7 +93,7 @@ def _backward(residuals: Any, slopes: tuple[jax.Array, Carry]) -> Any:
     return (before, cell_BD), gates_slope_BG
 
   inputs = slope_TBD.astype(jnp.float32), acts_TBG, cell_TBD, valid_TB, starts_TB
-  (first_slopes, _), gates_slope_TBG = jax.lax.scan(step, (last_slopes, last_cell_BD), inputs, reverse=True)
+  (first_slopes, _), gates_slope_TBG = _loop(step, (last_slopes, last_cell_BD), inputs, reverse=True)
   seen_TBD = jnp.concatenate([first_hidden_BD[None].astype(hidden_TBD.dtype), hidden_TBD[:-1]])
   if starts_TB is not None:
     seen_TBD = jnp.where(starts_TB[..., None], 0, seen_TBD)
@@ -96,11 +101,16 @@ def _backward(residuals: Any, slopes: tuple[jax.Array, Carry]) -> Any:
     seen_TBD = (seen_TBD * keep_BD).astype(hidden_TBD.dtype)
   bias_slope_G = gates_slope_TBG.sum((0, 1))
   gates_slope_TBG = gates_slope_TBG.astype(kernel_DG.dtype)
-  kernel_slope_DG = jnp.einsum('TBD,TBG->DG', seen_TBD, gates_slope_TBG, preferred_element_type=jnp.float32)
+  flat = (x.reshape(-1, x.shape[-1]) for x in (seen_TBD, gates_slope_TBG))  # else XLA's CPU backend copies both
+  kernel_slope_DG = jnp.einsum('ND,NG->DG', *flat, preferred_element_type=jnp.float32)
   return gates_slope_TBG, bias_slope_G, kernel_slope_DG.astype(kernel_DG.dtype), first_slopes, None, None, None
 
 
 recur.defvjp(_forward, _backward)
+
+
+def _loop(step: Callable[..., Any], state: Any, inputs: Any, reverse: bool = False) -> Any:
+  return jax.lax.scan(step, state, inputs, reverse=reverse, unroll=STEPS_A_TURN_ON_GPU if backend.name() == 'gpu' else 1)
 
 
 def _activate(gates_BG: jax.Array, bias_G: jax.Array, kernel_DG: jax.Array, hidden_BD: jax.Array, keep_BD: Any) -> jax.Array:

@@ -1,12 +1,13 @@
 """An LSTM layer's loop on an NVIDIA GPU: at each time one product, and one kernel for all the rest.
 
-XLA makes seven small kernels of a step's arithmetic and copies, which together take longer than the product.
-Gates, carry and starts are as in `recurrence`; the results equal `recurrence.recur`'s up to rounding.
+Of the same step XLA makes the product and seven kernels. Gates, carry and starts are as in `recurrence`, and the results too, up to
+rounding.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,10 +20,12 @@ Carry = tuple[jax.Array, jax.Array]  # hidden_BD and cell_BD, in float32
 
 KERNELS = ('auto', 'plain', 'triton')  # what `model.recurrence_kernel` may be
 
+# On an H200, two layers 1,024 wide: tiles of 256, 512 and 1,024 elements 9.01, 8.97 and 9.62 ms a step; 8, 16 and 32 steps a launch 8.97,
+# 8.92 and 8.87.
 TILE, MOST_COLUMNS = 512, 128  # elements of the state that one program of a kernel works on, and how many of a row
-FEWEST_COLUMNS = 8
+FEWEST_COLUMNS = 8  # narrower reads would each fetch a sector of memory for a part of it
 STEPS_A_LAUNCH = 16  # as one CUDA graph
-WARPS = 4
+WARPS = 4  # of 32 threads: four elements each
 
 
 def choose(kernel: str, gates_shape: tuple[int, ...], valid_TB: Any, constrain: base.Constrain) -> str:
@@ -31,15 +34,26 @@ def choose(kernel: str, gates_shape: tuple[int, ...], valid_TB: Any, constrain: 
 
 
 def obstacle(gates_shape: tuple[int, ...], valid_TB: Any, constrain: base.Constrain) -> str:
-  """Why the kernel can't do a call; empty where it can."""
-  if backend.name() != 'gpu':
-    return f'it needs an NVIDIA GPU, and JAX runs on {backend.name()}'
-  if backend.is_here() and 'cuda' not in jax.local_devices()[0].client.platform_version:
-    return f'it needs an NVIDIA GPU, and this is {jax.local_devices()[0].device_kind}'
+  """Why the kernel can't do a call; empty where it can.
+
+  Args:
+    gates_shape: [T, B, 4 D].
+    valid_TB: None, or which tokens are.
+    constrain: the model's.
+  """
+  reason = backend.nvidia_obstacle()
+  if reason:
+    return reason
+  try:
+    from jax.experimental.pallas import triton  # noqa: F401
+  except ImportError:  # JAX says that it will go
+    return f'jax {jax.__version__} has no Triton'
+  time, batch, width = gates_shape
   if valid_TB is not None:
     return 'it has no padding'
-  _, batch, width = gates_shape
-  ways = getattr(constrain, 'ways', (lambda name: 1) if jax.device_count() == 1 or not backend.is_here() else None)
+  if time < STEPS_A_LAUNCH:
+    return f'a row has {time} tokens, and it needs {STEPS_A_LAUNCH}'
+  ways = getattr(constrain, 'ways', (lambda name: 1) if jax.device_count() == 1 else None)
   if ways is None or batch % ways(axes.BATCH):
     return 'on several devices it needs rows that are split evenly over a mesh'
   if tile(batch, width // 4)[1] < FEWEST_COLUMNS:
@@ -51,7 +65,7 @@ def apply(
   gates_TBG: jax.Array, bias_G: jax.Array, kernel_DG: jax.Array, carry: Carry, keep_BD: Any, starts_TB: Any, constrain: base.Constrain,
   interpret: bool = False,
 ) -> tuple[jax.Array, Carry]:  # fmt: skip
-  """`recur`, each device on its own rows."""
+  """`recur`, each device on its own rows; arguments are its, and the model's constrain."""
 
   def function(*args: Any) -> tuple[jax.Array, jax.Array]:
     hidden_TBD, last = recur(*args, interpret)
@@ -69,7 +83,15 @@ def apply(
 def recur(
   gates_TBG: jax.Array, bias_G: jax.Array, kernel_DG: jax.Array, carry: Carry, keep_BD: Any, starts_TB: Any, interpret: bool = False
 ) -> tuple[jax.Array, Carry]:
-  """`recurrence.recur` where all tokens are valid; `interpret` is Pallas's own switch: slowly, and on any backend."""
+  """The hidden states after each time, in the kernel's type, and the last carry: `recurrence.recur` of valid tokens.
+
+  Args:
+    gates_TBG: the input's part of the gates, without the bias, in the kernel's type.
+    bias_G: in float32.
+    keep_BD: what the hidden state is multiplied by on its way to the gates; None: by nothing.
+    starts_TB: bool. None: none starts.
+    interpret: Pallas's own switch: slowly, and on any backend.
+  """
   return _forward(gates_TBG, bias_G, kernel_DG, carry, keep_BD, starts_TB, interpret)[0]
 
 
@@ -78,47 +100,47 @@ def _forward(
 ) -> tuple[tuple[jax.Array, Carry], Any]:
   time, batch, width = gates_TBG.shape
   dim, dtype = width // 4, kernel_DG.dtype
-  options = _options(keep_BD, starts_TB)
-  # The state after each time; what was before the first comes first.
-  cells_SBD = jnp.zeros((time + 1, batch, dim), jnp.float32).at[0].set(carry[1])
-  hidden_TBD = jnp.zeros((time, batch, dim), dtype)
+  masks = _masks(keep_BD, starts_TB)
   seen_BD = (carry[0] if keep_BD is None else carry[0] * keep_BD).astype(dtype)
-  advance = _kernel(_advance, options, batch, dim, interpret)
+  new = {'time': _like(_one(0)), 'seen': _like(seen_BD), 'last': _like(carry[0])}
 
   def step(state: Any, _: None) -> tuple[Any, None]:
-    time_1, acts_TBG, hidden_TBD, cells_SBD, seen_BD, _ = state
-    product_BG = jnp.dot(seen_BD, kernel_DG, preferred_element_type=jnp.float32)
-    new = [_like(seen_BD), _like(carry[0])]
-    return tuple(advance([time_1, acts_TBG, hidden_TBD, cells_SBD], [product_BG, bias_G], new)), None
+    time_1, seen_BD, _, changed = state
+    read = {'time': time_1, 'product': jnp.dot(seen_BD, kernel_DG, preferred_element_type=jnp.float32), 'bias': bias_G, **masks}
+    changed, made = _call(_advance, batch, dim, changed, read, new, interpret)
+    return (made['time'], made['seen'], made['last'], changed), None
 
-  state = jnp.zeros((1,), jnp.int32), gates_TBG.astype(jnp.float32), hidden_TBD, cells_SBD, seen_BD, carry[0]
-  (_, acts_TBG, hidden_TBD, cells_SBD, _, last_BD), _ = jax.lax.scan(step, state, None, time, unroll=STEPS_A_LAUNCH)
-  residuals = acts_TBG, hidden_TBD, cells_SBD, carry[0], kernel_DG, keep_BD, starts_TB
-  return (hidden_TBD, (last_BD, cells_SBD[-1])), residuals
+  changed = {
+    'acts': gates_TBG.astype(jnp.float32),
+    'hidden': jnp.zeros((time, batch, dim), dtype),
+    'cells': jnp.zeros((time + 1, batch, dim), jnp.float32).at[0].set(carry[1]),  # before the first time, and after each
+  }
+  (_, _, last_BD, changed), _ = jax.lax.scan(step, (_one(0), seen_BD, carry[0], changed), None, time, unroll=STEPS_A_LAUNCH)
+  residuals = changed, carry[0], kernel_DG, keep_BD, starts_TB
+  return (changed['hidden'], (last_BD, changed['cells'][-1])), residuals
 
 
 def _backward(interpret: bool, residuals: Any, slopes: tuple[jax.Array, Carry]) -> Any:
-  acts_TBG, hidden_TBD, cells_SBD, first_hidden_BD, kernel_DG, keep_BD, starts_TB = residuals
+  passed, first_hidden_BD, kernel_DG, keep_BD, starts_TB = residuals
   slope_TBD, (last_hidden_slope_BD, last_cell_slope_BD) = slopes
-  time, batch, width = acts_TBG.shape
+  time, batch, width = passed['acts'].shape
   dim, dtype = width // 4, kernel_DG.dtype
-  retreat = _kernel(_retreat, _options(keep_BD, starts_TB), batch, dim, interpret)
-  slope_TBD = slope_TBD.at[-1].add(last_hidden_slope_BD.astype(slope_TBD.dtype))
-  kernel_GD = kernel_DG.T
+  masks, kernel_GD = _masks(keep_BD, starts_TB), kernel_DG.T
+  new = {'time': _like(_one(0)), 'slope': jax.ShapeDtypeStruct((batch, width), dtype), 'cell_slope': _like(last_cell_slope_BD)}
 
   def step(state: Any, _: None) -> tuple[Any, None]:
-    time_1, slopes_TBG, seen_slope_BD, cell_slope_BD = state
-    new = [jax.ShapeDtypeStruct((batch, width), dtype), _like(cell_slope_BD)]
-    time_1, slopes_TBG, slope_BG, cell_slope_BD = retreat(
-      [time_1, slopes_TBG], [seen_slope_BD, cell_slope_BD, slope_TBD, acts_TBG, cells_SBD], new
-    )
-    return (time_1, slopes_TBG, jnp.dot(slope_BG, kernel_GD, preferred_element_type=jnp.float32), cell_slope_BD), None
+    time_1, seen_slope_BD, cell_slope_BD, changed = state
+    read = {'time': time_1, 'seen_slope': seen_slope_BD, 'cell_slope': cell_slope_BD, 'outer_slope': slope_TBD}
+    read |= {'acts': passed['acts'], 'cells': passed['cells'], **masks}
+    changed, made = _call(_retreat, batch, dim, changed, read, new, interpret)
+    seen_slope_BD = jnp.dot(made['slope'], kernel_GD, preferred_element_type=jnp.float32)
+    return (made['time'], seen_slope_BD, made['cell_slope'], changed), None
 
-  nothing_BD = jnp.zeros((batch, dim), jnp.float32)
-  state = jnp.full((1,), time - 1, jnp.int32), jnp.zeros((time, batch, width), dtype), nothing_BD, last_cell_slope_BD
-  (_, slopes_TBG, hidden_slope_BD, cell_slope_BD), _ = jax.lax.scan(step, state, None, time, unroll=STEPS_A_LAUNCH)
+  state = _one(time - 1), last_hidden_slope_BD, last_cell_slope_BD, {'slopes': jnp.zeros((time, batch, width), dtype)}
+  (_, hidden_slope_BD, cell_slope_BD, changed), _ = jax.lax.scan(step, state, None, time, unroll=STEPS_A_LAUNCH)
+  slopes_TBG = changed['slopes']
 
-  seen_TBD = jnp.concatenate([first_hidden_BD[None].astype(dtype), hidden_TBD[:-1]])
+  seen_TBD = jnp.concatenate([first_hidden_BD[None].astype(dtype), passed['hidden'][:-1]])
   if keep_BD is not None:
     seen_TBD = (seen_TBD * keep_BD).astype(dtype)
     hidden_slope_BD = hidden_slope_BD * keep_BD
@@ -132,10 +154,14 @@ def _backward(interpret: bool, residuals: Any, slopes: tuple[jax.Array, Carry]) 
 recur.defvjp(_forward, _backward)
 
 
-def _options(keep_BD: Any, starts_TB: Any) -> dict[str, jax.Array]:
-  """What a kernel may be given beside the rest; after the last time nothing starts."""
+def _masks(keep_BD: Any, starts_TB: Any) -> dict[str, jax.Array]:
+  """What there is of them, as the kernels read it: after the last time nothing starts."""
   starts_SB = None if starts_TB is None else jnp.pad(starts_TB.astype(jnp.int32), ((0, 1), (0, 0)))
-  return {name: x for name, x in (('starts', starts_SB), ('keep', keep_BD)) if x is not None}
+  return {name: x for name, x in (('keep', keep_BD), ('starts', starts_SB)) if x is not None}
+
+
+def _one(number: int) -> jax.Array:
+  return jnp.full((1,), number, jnp.int32)
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -148,104 +174,84 @@ def tile(batch: int, dim: int) -> tuple[int, int]:
   return math.gcd(batch, TILE // columns), columns
 
 
-def _kernel(body: Callable[..., None], options: dict[str, jax.Array], batch: int, dim: int, interpret: bool) -> Callable[..., Any]:
-  """A function of arrays that the kernel changes in place, others that it reads, and shapes of new ones; gives the first and the last."""
+def _call(
+  body: Callable[..., None], batch: int, dim: int, changed: dict[str, jax.Array], read: dict[str, jax.Array],
+  new: dict[str, jax.ShapeDtypeStruct], interpret: bool,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:  # fmt: skip
+  """Runs a kernel over all tiles of the state.
+
+  Its body gets references by name: those that it reads and, as `new_*`, those that it writes. Programs run in any order, so none may
+  read what another writes: of what is changed each has its own tile, and what all read, such as the time, is written anew elsewhere.
+  """
   from jax.experimental import pallas
   from jax.experimental.pallas import triton
 
   rows, columns = tile(batch, dim)
 
-  def call(changed: Sequence[jax.Array], read: Sequence[jax.Array], new: Sequence[jax.ShapeDtypeStruct]) -> Any:
-    def run(*refs: Any) -> None:
-      inputs, outputs = refs[: -len(changed) - len(new)], refs[-len(changed) - len(new) :]
-      named = dict(zip(options, inputs[len(changed) + len(read) :], strict=True))
-      place = pallas.ds(pallas.program_id(0) * rows, rows), pallas.program_id(1) * columns, columns
-      body(place, dim, named, *inputs[: len(changed) + len(read)], *outputs)
+  def run(*references: Any) -> None:
+    names = [*changed, *read, *(f'new_{name}' for name in (*changed, *new))]
+    refs = types.SimpleNamespace(**{'keep': None, 'starts': None} | dict(zip(names, references, strict=True)))
+    first = pallas.program_id(1) * columns
+    parts = [pallas.ds(first + n * dim, columns) for n in range(4)]
+    body(refs, refs.time[0], pallas.ds(pallas.program_id(0) * rows, rows), parts)
 
-    return pallas.pallas_call(
-      run,
-      out_shape=[*map(_like, changed), *new],
-      grid=(batch // rows, dim // columns),
-      input_output_aliases={i: i for i in range(len(changed))},
-      compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
-      interpret=interpret,
-      name=f'lstm{body.__name__}',
-    )(*changed, *read, *options.values())
-
-  return call
-
-
-# In the kernels' bodies `place` is a program's rows, its first column and how many.
+  made = pallas.pallas_call(
+    run,
+    out_shape=[*map(_like, changed.values()), *new.values()],
+    grid=(batch // rows, dim // columns),
+    input_output_aliases={i: i for i in range(len(changed))},
+    compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
+    interpret=interpret,
+    name=f'lstm{body.__name__}',
+  )(*changed.values(), *read.values())
+  return dict(zip(changed, made, strict=False)), dict(zip(new, made[len(changed) :], strict=True))
 
 
-def _advance(
-  place: Any, dim: int, options: Any, time_ref: Any, acts_ref: Any, hidden_ref: Any, cells_ref: Any, product_ref: Any, bias_ref: Any,
-  new_time_ref: Any, new_acts_ref: Any, new_hidden_ref: Any, new_cells_ref: Any, seen_ref: Any, last_ref: Any,
-) -> None:  # fmt: skip
-  """What follows the product: gates, cell and hidden state of one time, each written to where all times' are."""
-  del hidden_ref
-  t = time_ref[0]
-  rows, at, parts = _parts(place, dim)
-  acts = []
+# The kernels' bodies, for `rows` and the columns of one tile: parts[n] are those of gate n, and parts[0] those of the state.
+
+
+def _advance(refs: Any, time: jax.Array, rows: Any, parts: list[Any]) -> None:
+  """What follows the product: gates, cell and hidden state of one time."""
+  here, acts = parts[0], []
   for n, part in enumerate(parts):
-    product = product_ref[rows, part]
-    if 'starts' in options:
-      product = _unless(options['starts'][t, rows], product)
-    total = acts_ref[t, rows, part] + bias_ref[part][None] + product
+    product = _unless_start(refs, time, rows, refs.product[rows, part])
+    total = refs.acts[time, rows, part] + refs.bias[part][None] + product
     acts.append(jnp.tanh(total) if n == 2 else jax.nn.sigmoid(total))
-    new_acts_ref[t, rows, part] = acts[-1]
+    refs.new_acts[time, rows, part] = acts[-1]
   i, f, g, o = acts
-  before = cells_ref[t, rows, at]
-  if 'starts' in options:
-    before = _unless(options['starts'][t, rows], before)
-  cell = f * before + i * g
+  cell = f * _unless_start(refs, time, rows, refs.cells[time, rows, here]) + i * g
   hidden = o * jnp.tanh(cell)
-  new_cells_ref[t + 1, rows, at] = cell
-  last_ref[rows, at] = hidden
-  new_hidden_ref[t, rows, at] = hidden.astype(new_hidden_ref.dtype)
-  seen = hidden * options['keep'][rows, at] if 'keep' in options else hidden
-  seen_ref[rows, at] = seen.astype(seen_ref.dtype)
-  new_time_ref[0] = t + 1
+  refs.new_cells[time + 1, rows, here] = cell
+  refs.new_last[rows, here] = hidden
+  refs.new_hidden[time, rows, here] = hidden.astype(refs.new_hidden.dtype)
+  seen = hidden if refs.keep is None else hidden * refs.keep[rows, here]
+  refs.new_seen[rows, here] = seen.astype(refs.new_seen.dtype)
+  refs.new_time[0] = time + 1
 
 
-def _retreat(
-  place: Any, dim: int, options: Any, time_ref: Any, slopes_ref: Any, seen_slope_ref: Any, cell_slope_ref: Any, slope_ref: Any,
-  acts_ref: Any, cells_ref: Any, new_time_ref: Any, new_slopes_ref: Any, gates_slope_ref: Any, new_cell_slope_ref: Any,
-) -> None:  # fmt: skip
-  """The gradients of one time's gates and of the cell before, from those of the state after it; see `recurrence`."""
-  del slopes_ref
-  t = time_ref[0]
-  rows, at, parts = _parts(place, dim)
-  i, f, g, o = (acts_ref[t, rows, part] for part in parts)
-  seen_slope, cell_slope, before = seen_slope_ref[rows, at], cell_slope_ref[rows, at], cells_ref[t, rows, at]
-  if 'keep' in options:
-    seen_slope = seen_slope * options['keep'][rows, at]
-  if 'starts' in options:
-    seen_slope, cell_slope = (_unless(options['starts'][t + 1, rows], x) for x in (seen_slope, cell_slope))
-    before = _unless(options['starts'][t, rows], before)
-  hidden_slope = seen_slope + slope_ref[t, rows, at].astype(jnp.float32)
-  tanh_cell = jnp.tanh(cells_ref[t + 1, rows, at])
-  cell_slope = cell_slope + hidden_slope * o * (1 - tanh_cell * tanh_cell)
-  gate_slopes = (
+def _retreat(refs: Any, time: jax.Array, rows: Any, parts: list[Any]) -> None:
+  """The gradients of one time's gates and of the cell before it, from those of the state after it; see `recurrence`."""
+  here = parts[0]
+  i, f, g, o = (refs.acts[time, rows, part] for part in parts)
+  seen_slope = refs.seen_slope[rows, here]
+  if refs.keep is not None:  # the last state was on its way to no gates
+    seen_slope = seen_slope * jnp.where(time == refs.acts.shape[0] - 1, 1.0, refs.keep[rows, here])
+  hidden_slope = _unless_start(refs, time + 1, rows, seen_slope) + refs.outer_slope[time, rows, here].astype(jnp.float32)
+  tanh_cell = jnp.tanh(refs.cells[time + 1, rows, here])
+  cell_slope = _unless_start(refs, time + 1, rows, refs.cell_slope[rows, here]) + hidden_slope * o * (1 - tanh_cell * tanh_cell)
+  slopes = (
     cell_slope * g * i * (1 - i),
-    cell_slope * before * f * (1 - f),
+    cell_slope * _unless_start(refs, time, rows, refs.cells[time, rows, here]) * f * (1 - f),
     cell_slope * i * (1 - g * g),
     hidden_slope * tanh_cell * o * (1 - o),
   )
-  for part, gate_slope in zip(parts, gate_slopes, strict=True):
-    new_slopes_ref[t, rows, part] = gate_slope.astype(new_slopes_ref.dtype)
-    gates_slope_ref[rows, part] = gate_slope.astype(gates_slope_ref.dtype)
-  new_cell_slope_ref[rows, at] = cell_slope * f
-  new_time_ref[0] = t - 1
+  for part, slope in zip(parts, slopes, strict=True):
+    refs.new_slopes[time, rows, part] = slope.astype(refs.new_slopes.dtype)
+    refs.new_slope[rows, part] = slope.astype(refs.new_slope.dtype)
+  refs.new_cell_slope[rows, here] = cell_slope * f
+  refs.new_time[0] = time - 1
 
 
-def _parts(place: Any, dim: int) -> tuple[Any, Any, list[Any]]:
-  """The rows, the columns of the state, and those of each gate."""
-  from jax.experimental import pallas
-
-  rows, first, columns = place
-  return rows, pallas.ds(first, columns), [pallas.ds(first + n * dim, columns) for n in range(4)]
-
-
-def _unless(starts_R: jax.Array, x: jax.Array) -> jax.Array:
-  return jnp.where(starts_R[:, None] != 0, jnp.zeros_like(x), x)
+def _unless_start(refs: Any, time: Any, rows: Any, x: jax.Array) -> jax.Array:
+  """0 in the rows that start at the time."""
+  return x if refs.starts is None else jnp.where(refs.starts[time, rows][:, None] != 0, jnp.zeros_like(x), x)

@@ -109,16 +109,19 @@ def _is_installed(module: str) -> bool:
 
 
 def stand_in(experiment: experiment_lib.Experiment, kind: str) -> tuple[experiment_lib.Experiment, str]:
-  """The experiment with a kernel that can be compiled without a GPU in the place of cuDNN's, and what is to be said of that.
+  """The experiment with what can be compiled without a GPU in the place of its kernels, and what is to be said of that.
 
-  Both keep nothing that grows with the square of the length.
+  Like cuDNN's attention its stand-in keeps nothing that grows with the square of the length.
   """
-  model: Any = experiment.model  # an LSTM has no such fields
+  model: Any = experiment.model  # the two families have other fields
+  changed = copy.deepcopy(experiment)
+  if kind == 'gpu' and getattr(model, 'recurrence_kernel', 'plain') != 'plain':
+    changed.model = dataclasses.replace(model, recurrence_kernel='plain')
+    return changed, "the recurrence's kernel can be compiled only where the GPU is: the plain loop is planned, which takes more memory"
   if kind != 'gpu' or getattr(model, 'attention_kernel', '') not in ('auto', 'cudnn'):
     return experiment, ''
   if model.attention_dropout or experiment.training.mask_documents or model.compute_dtype == 'float32':  # which cuDNN's can't do
     return experiment, ''
-  changed = copy.deepcopy(experiment)
   changed.model = dataclasses.replace(model, attention_kernel='blocks')
   return changed, "cuDNN's attention is planned and compiled as `blocks`, as it can be compiled only where the GPU is"
 

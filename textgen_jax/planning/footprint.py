@@ -129,8 +129,7 @@ def logits_bytes(parts: program.Program, tokens: Tokens) -> int:
   vocab, split = vocabulary(parts), ways(parts, axes.VOCAB)
   most = losses.chunk_length(tokens.rows, vocab)
   itemsize = compute_itemsize(parts.experiment.model)
-  each = 2 * itemsize if backend.name() == 'gpu' else 2 * FLOAT + itemsize  # XLA's GPU backend has none of them in float32
-  at_once = tokens.rows * min(most, tokens.length) * vocab // split * each
+  at_once = tokens.rows * min(most, tokens.length) * vocab // split * (2 * FLOAT + itemsize)
   if most >= tokens.length:
     return at_once
   return at_once + 2 * FLOAT * parts.experiment.model.dim * vocab // split  # the output layer whole, and the sum of its gradient
@@ -138,9 +137,9 @@ def logits_bytes(parts: program.Program, tokens: Tokens) -> int:
 
 def layer_of(parts: program.Program) -> Layer:
   c = parts.experiment.training
-  kernel = build.kernel_of(parts.model, c.sequence_length, c.mask_documents)
   if build.carries(parts.experiment.model):
-    return lstm_layer(parts.experiment.model, kernel)
+    return lstm_layer(parts.experiment.model)
+  kernel = build.kernel_of(parts.model, c.sequence_length, c.mask_documents)
   return transformer_layer(parts.experiment.model, kernel, c.sequence_length, ways(parts, axes.HEADS), ways(parts, axes.MLP))
 
 
@@ -183,17 +182,16 @@ def transformer_layer(config: Any, kernel: str, length: int, head_ways: int = 1,
   return Layer(size * c.dim + kept, working)
 
 
-def lstm_layer(config: Any, kernel: str) -> Layer:
-  """What `models.recurrence` keeps: gates and cells in float32, hidden states; and the gates' gradient, by the plain loop in both types.
+def lstm_layer(config: Any) -> Layer:
+  """What `models.recurrence` keeps: gates and cells in float32, hidden states; and the gates' gradient, in both types.
 
-  XLA's GPU backend makes room for the plain loop's gradient in all layers at once, before the first of them is made.
+  XLA's GPU backend makes room for that gradient in all layers at once, before the first of them is made.
   """
   size = compute_itemsize(config)
-  slopes = 0 if kernel == 'triton' else 4 * FLOAT
+  slopes = 4 * FLOAT
   dropped = (size + 1 if config.dropout else 0) + (4 * FLOAT + FLOAT + size)
   early = slopes if backend.name() == 'gpu' else 0
-  both = 4 * size if kernel == 'triton' else 0  # the gates before them in time, which it reads while it writes the gradient
-  return Layer((dropped + early) * config.dim, (slopes - early + both + 4 * size + FLOAT) * config.dim)
+  return Layer((dropped + early) * config.dim, (slopes - early + 4 * size + FLOAT) * config.dim)
 
 
 def weights_bytes(parts: program.Program) -> int:

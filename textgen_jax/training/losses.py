@@ -10,10 +10,11 @@ from jax.typing import ArrayLike
 
 from textgen_jax import backend
 
-# Logits, counted in float32, that one device of a backend makes and uses at once; more of them take turns, a chunk of tokens each. On CPU
-# chunks of 8 to 128 MiB took the same time. On accelerators they must be long: each has its own copy of the table made in bfloat16, and
-# adds to the table's gradient. GPUs have the memory for fewer: in bfloat16 there, they take half of this.
-MOST_LOGITS_BYTES = {'cpu': 64 * 2**20, 'gpu': 2 * 2**30, 'tpu': 512 * 2**20}
+# Logits in float32 that one device holds at once; more of them are made and used a chunk of tokens at a time. On CPU chunks of 8 to
+# 128 MiB took the same time. On accelerators they must be long: each adds to the gradient of the output layer once, and on an
+# H100, by its data sheet, that takes as long as 240 tokens' products.
+MOST_LOGITS_BYTES = 512 * 2**20
+MOST_LOGITS_BYTES_ON_CPU = 64 * 2**20
 
 Unembed = Callable[[jax.Array], jax.Array]  # hidden_BTD -> logits_BTV
 
@@ -81,7 +82,8 @@ def num_chunks(unembed: Unembed, hidden_BTD: jax.Array, row_ways: int = 1) -> in
 
 def chunk_length(rows: int, vocab: int) -> int:
   """At most so many tokens of each of a device's `rows` have their logits at once."""
-  return max(1, MOST_LOGITS_BYTES[backend.name()] // (4 * rows * vocab))
+  most_bytes = MOST_LOGITS_BYTES_ON_CPU if backend.name() == 'cpu' else MOST_LOGITS_BYTES
+  return max(1, most_bytes // (4 * rows * vocab))
 
 
 def _chunks(x_BT: Any, chunks: int) -> jax.Array:

@@ -1,5 +1,6 @@
 """All that a run must keep to go on as if it had never stopped."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -7,12 +8,9 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import struct
-
-# JAX shows the setting, but not for one program.
-from jax._src import config as config_states
 from jax.sharding import Mesh
 
-from textgen_jax import sharding
+from textgen_jax import backend, sharding
 from textgen_jax.models import base
 from textgen_jax.training import health
 
@@ -35,6 +33,19 @@ class TrainState:
   def weights(self) -> Any:
     """The parameters whose gradient is taken."""
     return self.params if self.trained is None else self.trained
+
+
+def _random_kernels() -> contextlib.AbstractContextManager[Any]:
+  """Has JAX's kernel make the random bits of a program for a GPU, the same as XLA's own operations would.
+
+  Those take half a second a parameter to compile: 41 s for GPT-2's smallest, compiled for an H100 on two cores, where the kernel's program
+  takes 3.5. It can't be split over devices.
+  """
+  try:
+    from jax._src.config import threefry_gpu_kernel_lowering  # JAX shows the setting, but not for one program
+  except ImportError:
+    return contextlib.nullcontext()
+  return threefry_gpu_kernel_lowering(True)
 
 
 def create(
@@ -99,9 +110,7 @@ def create(
   jitted = jax.jit(init, out_shardings=shardings)
 
   def fresh() -> TrainState:
-    # A GPU's program of random numbers by XLA's own operations takes half a second a parameter to compile: 41 s for GPT-2's smallest,
-    # where these kernels take 4, on two cores. The numbers are the same. XLA can't split them over devices.
-    with config_states.threefry_gpu_kernel_lowering(mesh.size == 1):
+    with _random_kernels() if mesh.size == 1 and backend.name() == 'gpu' else contextlib.nullcontext():
       return jitted()
 
   return fresh, abstract, shardings
