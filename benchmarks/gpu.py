@@ -100,9 +100,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--models', nargs='+', default=list(MODELS), choices=list(MODELS))
   parser.add_argument('--ways', nargs='+', metavar='WAY', help='only these of each model, by the names that the table gives them')
-  parser.add_argument('--batches', type=int, nargs='*', help='of generation')
-  parser.add_argument('--repeats', type=int, default=5)
-  parser.add_argument('--minutes', type=float, default=9.0, help='no measurement begins after it')
+  parser.add_argument('--batches', type=positive, nargs='*', help='of generation')
+  parser.add_argument('--repeats', type=positive, default=5)
+  parser.add_argument('--minutes', type=minutes, default=9.0, help='no measurement begins after it')
   parser.add_argument('--peers', action='store_true', help='PyTorch and Hugging Face first')
   parser.add_argument('--output', metavar='FILE', help='the tables go there too')
   parser.add_argument('--dry_run', action='store_true', help='tiny sizes')
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     known = {way for work in works.values() for way in work.ways}
     for way in args.ways:
       if way not in known:
-        parser.error(f'--ways {way!r} is none of {", ".join(map(repr, known))}')
+        parser.error(f'--ways {way!r} is none of {", ".join(map(repr, sorted(known)))}')
     works = {name: work._replace(ways={way: how for way, how in work.ways.items() if way in args.ways}) for name, work in works.items()}
   report = Report(args.output)
   peers = ask_peers(args, sizes) if args.peers else []  # before JAX takes the memory
@@ -189,13 +189,30 @@ def spread(speeds: list[float]) -> str:
   return f'{statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})'
 
 
+def positive(text: str) -> int:
+  number = int(text)
+  if number < 1:
+    raise argparse.ArgumentTypeError(f'{text} is below 1')
+  return number
+
+
+def minutes(text: str) -> float:
+  number = float(text)
+  if not 0 < number <= 24 * 60:
+    raise argparse.ArgumentTypeError(f'{text} is not in (0, 1440]')
+  return number
+
+
 class Report:
   """Lines on stdout, and in a file as they come: a run that ends early leaves what it had."""
 
   def __init__(self, path: str | None):
     self._path = None if path is None else pathlib.Path(path)
     if self._path is not None:
-      self._path.write_text('')
+      try:
+        self._path.write_text('')
+      except OSError as error:
+        raise SystemExit(f'--output={path!r}: {error.strerror}') from error
 
   def say(self, line: str) -> None:
     print(line, flush=True)

@@ -279,6 +279,22 @@ def test_config_file_missing(capsys, tmp_path, monkeypatch, config):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize(
+  ('line', 'message'),
+  [
+    ('e.model.attention_dropuot = 0.1', 'there is no field model.attention_dropuot; did you mean model.attention_dropout?'),
+    ('e.training.num_stesp = 3', 'there is no field training.num_stesp; did you mean training.num_steps?'),
+    ('e.sede = 3', 'there is no field sede; did you mean seed?'),
+  ],
+)
+def test_config_file_that_sets_what_there_is_not(line, message, capsys, tmp_path):
+  content = f'from textgen_jax import experiment\n\ndef get_config():\n  e = experiment.Experiment()\n  {line}\n  return e\n'
+  (tmp_path / 'c.py').write_text(content)
+  assert train.main(['train.py', f'--config={tmp_path}/c.py', f'--workdir={tmp_path}/run']) == 2
+  check_line(capsys.readouterr().err, message)
+  assert not (tmp_path / 'run').exists()
+
+
 def test_config_file_without_get_config(capsys, tmp_path):
   for content in ('x = 1', 'def get_config():\n  return 3', 'def get_config(:'):
     (tmp_path / 'c.py').write_text(content)

@@ -56,10 +56,21 @@ def test_a_peers_row_counts_our_models_operations():
   assert float(row['MFU'].strip('%')) / 100 == pytest.approx(flops / 2e-3 / 1e12, abs=6e-4)
 
 
-def test_a_way_that_no_model_has_is_refused(capsys):
-  with pytest.raises(SystemExit):
-    gpu.main(['--dry_run', '--models', 'lstm', '--ways', 'autp'])
-  assert "--ways 'autp' is none of" in capsys.readouterr().err
+@pytest.mark.parametrize(
+  ('more', 'message'),
+  [
+    (['--ways', 'autp'], "--ways 'autp' is none of"),
+    (['--repeats=0'], '--repeats: 0 is below 1'),
+    (['--batches', '-3'], '--batches: -3 is below 1'),
+    (['--minutes=nan'], '--minutes: nan is not in (0, 1440]'),
+    (['--minutes=-1'], '--minutes: -1 is not in (0, 1440]'),
+    (['--output=/nowhere/x.md'], "--output='/nowhere/x.md': No such file or directory"),
+  ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(more, message, capsys):
+  with pytest.raises(SystemExit) as caught:
+    gpu.main(['--dry_run', '--models', 'lstm', *more])
+  assert message in capsys.readouterr().err + str(caught.value)
 
 
 @pytest.mark.usefixtures('quickly')

@@ -160,8 +160,12 @@ def _use_floats(config: Any) -> None:
 
 
 def check_types(config: Any, prefix: str = '') -> None:
-  """Raises UserError for the first field whose value isn't of the type that the field declares."""
+  """Raises UserError for the first field that there isn't, or whose value isn't of the type that it declares."""
   hints = typing.get_type_hints(type(config))
+  names = [field.name for field in dataclasses.fields(config)]
+  for name in vars(config):
+    if name not in names:  # a configuration's file can set whatever it likes
+      raise errors.UserError(unknown_field(prefix + name, prefix, name, names))
   for field in dataclasses.fields(config):
     name, value, hint = prefix + field.name, getattr(config, field.name), hints[field.name]
     if dataclasses.is_dataclass(value) and isinstance(value, hint):
