@@ -9,7 +9,7 @@ import numpy as np
 import process_runs
 import pytest
 
-from textgen_jax import errors, launch, processes, sharding
+from textgen_jax import errors, launch, launch_flags, processes, sharding
 
 
 @pytest.fixture(scope='module', params=['transformer', 'lstm'])
@@ -78,7 +78,7 @@ def test_a_process_alone_agrees_with_itself():
 )
 def test_flags_that_do_not_go_together(given, told):
   with pytest.raises(errors.UserError) as error:
-    launch.Launch(**given).check()
+    launch_flags.Launch(**given).check()
   assert str(error.value) == told
 
 
@@ -86,7 +86,7 @@ def test_flags_that_do_not_go_together(given, told):
 def test_slurm_tells_how_many_there_are_and_a_flag_that_this_is_alone(monkeypatch, tasks, given, several):
   for name, value in {'JOB_ID': '1', 'STEP_NODELIST': 'n1', 'NTASKS': tasks, 'PROCID': '0', 'LOCALID': '0'}.items():
     monkeypatch.setenv(f'SLURM_{name}', value)
-  launched = launch.Launch(num_processes=given)
+  launched = launch_flags.Launch(num_processes=given)
   launched.check()
   assert launched.several is several
 
