@@ -39,14 +39,14 @@ def _main(argv: Sequence[str]) -> None:
   from textgen_jax import experiment as experiment_lib
 
   experiment_lib.check(experiment)
-  from textgen_jax import compilation, launch, trainer
+  from textgen_jax import compilation, launch, launch_flags, trainer
 
-  launched = launch.Launch(**given)
+  launched = launch_flags.Launch(**given)
   launched.check()
   compilation.keep_compiled()
   compilation.split_cores(experiment, launched.several)
-  launch.join(launched)
   signals.before_leaving(launch.announce)
+  launch.join(launched)
   trainer.train(experiment, workdir)
 
 

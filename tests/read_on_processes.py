@@ -10,14 +10,14 @@ import sys
 
 import numpy as np
 
-from textgen_jax import assembly, command_line, launch, processes, sharding, trees
+from textgen_jax import assembly, command_line, launch, launch_flags, processes, sharding, trees
 from textgen_jax.training import checkpoints, step
 
 
 def main(config, workdir, port, count, index, fsdp):
   flags = [f'--config={config}', f'--workdir={workdir}', f'--config.sharding.fsdp={fsdp}']
   experiment, _ = command_line.parse_experiment(['train.py', *flags])
-  launch.join(launch.Launch(f'127.0.0.1:{port}', int(count), int(index)))
+  launch.join(launch_flags.Launch(f'127.0.0.1:{port}', int(count), int(index)))
   parts = assembly.Parts(experiment, pathlib.Path(workdir), step.no_hook)
   kept = checkpoints.Checkpoints(pathlib.Path(workdir), read_only=True)
   found = kept.restore(parts.stored_step, checkpoints.with_shardings(parts.abstract, parts.shardings))

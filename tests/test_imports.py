@@ -20,7 +20,7 @@ ORDER = [
   {'sharding'},
   {'training', 'sampling'},
   {'experiment'},
-  {'workdir', 'command_line', 'compilation', 'signals', 'allocator', 'launch'},
+  {'workdir', 'command_line', 'compilation', 'signals', 'allocator', 'launch', 'launch_flags', 'meeting'},
   {'program'},
   {'assembly', 'generator', 'interactive'},
   {'memory', 'rerun'},

@@ -28,7 +28,7 @@ MAX_LINE = 300  # characters of what is told of a mistake
 NAMES_NOTHING = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 # Objects between two collections. Imports and traces make a million that stay: at Python's own 700, 0.3 s of a start's 2.8 went there.
 GC_THRESHOLD = 10_000
-# How the processes of a run find each other: the fields of launch.Launch.
+# How the processes of a run find each other: the fields of launch_flags.Launch.
 LAUNCH_FLAGS = {
   'coordinator': 'HOST:PORT of process 0, where a run has several processes and no launcher tells',
   'num_processes': 'how many the run has',
@@ -173,7 +173,7 @@ def named_config(argv: Sequence[str]) -> str | None:
 
 
 def parse_training(argv: Sequence[str]) -> tuple['experiment_lib.Experiment', str, dict[str, Any]]:
-  """As `parse_experiment`, and the flags of `launch.Launch` that were given."""
+  """As `parse_experiment`, and the flags of `launch_flags.Launch` that were given."""
   values = flags.FlagValues()
   for name, meaning in LAUNCH_FLAGS.items():
     define = flags.DEFINE_string if name == 'coordinator' else flags.DEFINE_integer
@@ -277,7 +277,7 @@ def field_comments(cls: type) -> dict[str, str]:
 
 
 def launch_help() -> str:
-  """The flags of `launch.Launch`."""
+  """The flags of `launch_flags.Launch`."""
   lines = [f'  --{name}=...: {meaning}\n' for name, meaning in LAUNCH_FLAGS.items()]
   return 'Flags where a run has several processes:\n' + ''.join(lines)
 

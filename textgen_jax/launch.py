@@ -2,9 +2,7 @@
 
 import contextlib
 import ctypes
-import dataclasses
 import faulthandler
-import functools
 import json
 import os
 import re
@@ -17,10 +15,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-# JAX tells nobody else whether a launcher that it knows has started the process.
-from jax._src import clusters
-
-from textgen_jax import errors, processes
+from textgen_jax import errors, launch_flags, meeting, processes
 
 FAILED = errors.MachineFailed.exit_code  # of a process whose peer is lost
 ALIKE = (errors.UserError, errors.NoGoodCheckpoint, errors.Diverged)  # what all processes raise, if one does
@@ -33,93 +28,54 @@ LISTEN_MS = 3_600_000  # one question after another's end
 CALL_S = 1.0  # for the last words to the coordinator, which may be gone
 
 _joined = False  # by `join`: this process ends with the others
+# While it joins:
+_heard: meeting.Overheard | None = None
+_place: launch_flags.Place | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Launch:
-  """How processes find each other; what isn't given is read from what SLURM, Kubernetes, Open MPI or Cloud TPU set.
-
-  One process alone, where such a launcher tells of several, is `num_processes=1`.
-  """
-
-  coordinator: str | None = None  # HOST:PORT of process 0
-  num_processes: int | None = None
-  process_id: int | None = None
-  join_timeout_s: int = 300  # for all processes to come
-  hang_timeout_s: int = 900  # without a finished step, evaluation batch or save, once the first step is done
-
-  def check(self) -> None:
-    """Raises UserError where the flags don't go together."""
-    given = {name: getattr(self, name) for name in ('coordinator', 'num_processes', 'process_id')}
-    missing = [name for name, value in given.items() if value is None]
-    if missing and len(missing) < len(given) and self.num_processes != 1:
-      raise errors.UserError(f'--{missing[0]} is missing: --coordinator, --num_processes and --process_id go together')
-    if self.coordinator is not None and not re.fullmatch(r'.+:\d{1,5}', self.coordinator):
-      raise errors.UserError(f"--coordinator={self.coordinator!r} isn't HOST:PORT")
-    if self.num_processes is not None and self.num_processes < 1:
-      raise errors.UserError(f'--num_processes={self.num_processes} is below 1')
-    if self.process_id is not None and not 0 <= self.process_id < (self.num_processes or 0):
-      raise errors.UserError(f'--process_id={self.process_id} is not in [0, --num_processes={self.num_processes})')
-    for name in ('join_timeout_s', 'hang_timeout_s'):
-      if getattr(self, name) < 1:
-        raise errors.UserError(f'--{name}={getattr(self, name)} is below 1')
-
-  @functools.cached_property
-  def several(self) -> bool:
-    """Whether this process is one of several: by the flags, or by a launcher's environment.
-
-    Raises:
-      UserError: there is such an environment, and it doesn't tell.
-    """
-    if self.num_processes is not None:
-      return self.num_processes > 1
-    try:
-      for cluster in clusters.ClusterEnv._cluster_types:
-        # JAX warns of a pod that lacks a package, but only one of an indexed job is one of several.
-        alone = cluster.__name__ == 'K8sCluster' and 'JOB_COMPLETION_INDEX' not in os.environ
-        if not alone and not cluster.opt_in_only_method and cluster.is_env_present():
-          return cluster.get_process_count() > 1
-    except RuntimeError as error:
-      told = f'the launcher does not tell how many processes there are ({error})'
-      raise errors.UserError(f'{told}: --num_processes=1 says that this one is alone') from error
-    return False
-
-
-def join(launch: Launch) -> None:
+def join(launch: launch_flags.Launch) -> None:
   """Meets the other processes, where there are any; before JAX looks for devices.
 
   From here on this process ends, by `os._exit`, with any other of the run: with exit code 5 where one is lost, and tells where it stood.
 
   Raises:
     UserError: the launcher's environment doesn't do.
-    MachineFailed: the coordinator's port is taken, or its name isn't known.
+    MachineFailed: the coordinator's port is taken.
   """
+  global _heard, _place
   if not launch.several:
     return
-  _catch_aborts()
   # JAX's own would take SIGTERM, and nobody would hear of it.
   jax.config.update('jax_enable_preemption_service', False)
-  late = threading.Timer(launch.join_timeout_s, _lost, [f'not all processes have come within --join_timeout_s={launch.join_timeout_s}'])
+  late = threading.Timer(launch.join_timeout_s, _late, [launch.join_timeout_s])
   late.daemon = True
   late.start()
-  by_hand = launch.coordinator is not None
   try:
+    _place = launch.place()
+    meeting.check_port(_place)
+    _heard = meeting.Overheard()
+    _catch_aborts()
     jax.distributed.initialize(
-      launch.coordinator,
-      launch.num_processes,
-      launch.process_id,
+      _place.coordinator,
+      _place.num_processes,
+      _place.process_id,
       # A launcher would give each process one GPU, whatever the flags say.
-      cluster_detection_method='deactivate' if by_hand else None,
+      cluster_detection_method='deactivate' if _place.by_hand else None,
       initialization_timeout=launch.join_timeout_s + 60,  # ours comes first
       heartbeat_timeout_seconds=HEARTBEAT_S,
     )
     processes.meet()
-  except ValueError as error:
+  except (ValueError, KeyError) as error:
+    if _place is None or not _place.by_hand:
+      raise launch_flags.untold(error) from error
     raise errors.UserError(f'the processes of the run did not meet: {error}') from error
-  except RuntimeError as error:  # a port that is still taken, a name that isn't known yet: another try may do
-    raise errors.MachineFailed(f'the processes of the run did not meet: {error}') from error
+  except RuntimeError as error:  # a port that is taken by now, a launcher that doesn't answer: another try may do
+    where = f' at {_place.told("coordinator")}, whose port may be taken' if _place else ''
+    raise errors.MachineFailed(f'the processes of the run did not meet{where}: {error}') from error
   finally:
     late.cancel()
+    if _heard:
+      _heard.let_out()
   global _joined
   _joined = True
   for target in (_listen, lambda: _watch(launch.hang_timeout_s)):
@@ -188,6 +144,8 @@ def leave(code: int, told: str) -> None:
 
 def announce(code: int, told: str) -> None:
   """Tells the others that this process ends; the leader waits for them a little, for the coordinator ends with it."""
+  if _heard:
+    _heard.let_out()  # what is told from here on
   if not _joined:
     return
 
@@ -232,11 +190,23 @@ def _watch(limit_s: float) -> None:
       _lost(f'nothing was finished for --hang_timeout_s={limit_s:g}: a process of the run hangs')
 
 
+def _late(limit_s: int) -> None:
+  """Ends this process where the others haven't come."""
+  words = _heard.let_out() if _heard else ''
+  if _place is None:
+    told = f'the launcher has not told within --join_timeout_s={limit_s} where the processes of the run meet'
+  else:
+    told = f'not all {_place.num_processes} processes have come within --join_timeout_s={limit_s} to {_place.told("coordinator")}'
+    told += f', where this one is {_place.told("process_id")}: {meeting.why_late(_place, words)}'
+  if not _joined:  # by now
+    _say(f'error: {told}')
+    os._exit(FAILED)
+
+
 def _lost(why: str) -> None:
   """Ends this process because of another, and tells where it stood."""
   _dump(f'error: {why}')
   leave(FAILED, why)
-  os._exit(FAILED)  # before the processes have met
 
 
 def _dump(line: str) -> None:
@@ -261,5 +231,12 @@ def _catch_aborts() -> None:
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(number: int) -> None:
   del number
-  _dump('error: aborted by a library, whose words stand above: most often the coordinator or another process of the run is lost')
+  words = _heard.stop() if _heard and not _joined else ''
+  if _place and (told := meeting.why_refused(_place, words)):
+    _say(f'error: {told}')
+    os._exit(errors.UserError.exit_code)
+  if _heard:
+    _heard.let_out()
+  told = 'error: aborted by a library, whose words stand above: most often the coordinator or another process of the run is lost'
+  (_dump if _joined else _say)(told)
   os._exit(FAILED)
