@@ -1,17 +1,44 @@
-"""The kind of device that programs are made for: the one that JAX runs on, or one that isn't here."""
+"""The devices that programs are made for: those that JAX runs on, or some that aren't here."""
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Iterator
 
 import jax
 
-_target: contextvars.ContextVar[str | None] = contextvars.ContextVar('target', default=None)
+OLDEST_GPU = 8.0  # compute capability that kernels need
+ABSENT_GPU = 'it can only be compiled where the GPU is'  # the last of a kernel's obstacles: but for it the kernel would do
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """Devices that aren't here."""
+
+  kind: str
+  count: int
+  compute_capability: float  # of NVIDIA GPUs
+
+
+_target: contextvars.ContextVar[Target | None] = contextvars.ContextVar('target', default=None)
 
 
 def name() -> str:
   """cpu, gpu or tpu; what is chosen by it is chosen while a program is traced."""
-  return _target.get() or jax.default_backend()
+  target = _target.get()
+  return target.kind if target else jax.default_backend()
+
+
+def device_count() -> int:
+  """How many there are; an unconstrained model may run over all of them."""
+  target = _target.get()
+  return target.count if target else jax.device_count()
+
+
+def compute_capability() -> float:
+  """Of the GPUs, which are NVIDIA's."""
+  target = _target.get()
+  return target.compute_capability if target else float(jax.local_devices()[0].compute_capability)
 
 
 def is_here() -> bool:
@@ -20,21 +47,30 @@ def is_here() -> bool:
 
 
 def nvidia_obstacle() -> str:
-  """Why what needs an NVIDIA GPU of compute capability 8.0 or more, to be compiled and to run, can't be; empty where it can."""
+  """Why what needs an NVIDIA GPU of compute capability 8.0 or more can't run; empty where it can. That it isn't here is ABSENT_GPU."""
   if name() != 'gpu':
-    return f'it needs an NVIDIA GPU, and JAX runs on {name()}'
+    return f'it needs an NVIDIA GPU, and {_where()}'
   if not is_here():
-    return 'it can only be compiled where the GPU is'
+    return '' if compute_capability() >= OLDEST_GPU else f'it needs compute capability {OLDEST_GPU}, and the GPU has {compute_capability()}'
   device = jax.local_devices()[0]
-  if 'cuda' not in device.client.platform_version or float(device.compute_capability) < 8:
-    return f'it needs an NVIDIA GPU of compute capability 8.0 or more, and this is {device.device_kind}'
+  if 'cuda' not in device.client.platform_version or float(device.compute_capability) < OLDEST_GPU:
+    return f'it needs an NVIDIA GPU of compute capability {OLDEST_GPU} or more, and this is {device.device_kind}'
   return ''
 
 
+def tpu_obstacle() -> str:
+  """The same of what needs a TPU."""
+  return '' if name() == 'tpu' else f'it needs a TPU, and {_where()}'
+
+
+def _where() -> str:
+  return f'JAX runs on {name()}' if is_here() else f'the topology is of {name()}s'
+
+
 @contextlib.contextmanager
-def target(kind: str) -> Iterator[None]:
-  """What is traced within is for devices of this kind, whatever JAX runs on."""
-  token = _target.set(kind)
+def target(kind: str, count: int = 1, compute_capability: float = OLDEST_GPU) -> Iterator[None]:
+  """What is traced within is for so many devices of this kind, whatever JAX runs on."""
+  token = _target.set(Target(kind, count, compute_capability))
   try:
     yield
   finally:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from textgen_jax import errors
+from textgen_jax import backend, errors
 from textgen_jax.models import attention, attention_kernels, build, transformer
 
 B, K = 2, 8
@@ -226,6 +226,32 @@ def test_a_variant_is_never_passed_over(method, random_params, monkeypatch):
 
 def abstract(time=1024, head_dim=64, dtype='bfloat16'):
   return jax.ShapeDtypeStruct((4, time, 12, head_dim), dtype), jax.ShapeDtypeStruct((4, 6, time, head_dim), dtype)
+
+
+@pytest.mark.parametrize(('capability', 'most'), [(8.0, 128), (9.0, 256)])
+def test_what_is_known_of_cudnn_where_the_gpu_is_not_is_what_jax_says(capability, most, monkeypatch):
+  """The widths and types of heads that JAX's own check takes, on a GPU that it is made to see."""
+  monkeypatch.setattr('jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version', lambda: 91200)
+  monkeypatch.setattr('jax._src.cudnn.fused_attention_stablehlo.check_compute_capability', lambda asked: capability >= float(asked))
+  for dtype in ('bfloat16', 'float32'):
+    for width in (8, 12, 18, 128, 132, 136, 256, 264):
+      q_BTHK, k_BGSK = abstract(head_dim=width, dtype=dtype)
+      try:
+        jax.eval_shape(functools.partial(attention_kernels.cudnn, sight=CAUSAL), q_BTHK, k_BGSK, k_BGSK)
+        takes = True
+      except NotImplementedError:
+        takes = False
+      assert takes == (dtype == 'bfloat16' and width <= most and width % 8 == 0)
+      with backend.target('gpu', 1, capability):
+        reason = attention_kernels.obstacle('cudnn', q_BTHK, k_BGSK, CAUSAL, no_mesh, dropout=0.0, changed=False)
+      assert (reason == backend.ABSENT_GPU) == takes
+
+
+@pytest.mark.parametrize(('planned', 'here', 'kernel'), [(1, 8, 'splash'), (8, 1, 'plain')])
+def test_a_plan_is_for_its_own_number_of_devices(planned, here, kernel, monkeypatch):
+  monkeypatch.setattr(jax, 'device_count', lambda: here)
+  with backend.target('tpu', planned):
+    assert attention_kernels.choose('auto', *abstract(), CAUSAL, no_mesh, dropout=0.0, changed=False) == kernel
 
 
 class FakeGPU:

@@ -51,18 +51,30 @@ def test_an_lstm_reads_its_recurrence_at_each_token(make):
   assert plan.footprint.carry == 2 * 16 * 2 * 64 * 4
 
 
+def test_one_chip_takes_splash_as_several_do(make):
+  for name in ('v5e:1x1', 'v5e:2x2'):
+    assert estimate.make(make(fsdp=-1, training={'sequence_length': 128}), 257, devices.parse(name)).kernel == 'splash'
+
+
 def test_nothing_is_known_of_a_cpus_time(make):
   assert estimate.make(make(), 257, devices.parse('cpu:4')).times is None
 
 
 def test_cudnns_kernel_is_stood_in_for_where_it_could_run(make):
   for model, training, kernel in [({}, {}, 'blocks'), ({'attention_dropout': 0.1}, {}, 'plain'), ({}, {'mask_documents': True}, 'plain')]:
-    experiment, note = ahead.stand_in(make(training=training, **model), 'gpu')
+    experiment, note = ahead.stand_in(make(training=training, **model), devices.parse('h100:4x1'))
     assert bool(note) == (kernel == 'blocks')
     assert estimate.make(experiment, 257, devices.parse('h100:4x1')).kernel == kernel
+  spread = make(fsdp=1, tensor=4, num_kv_heads=2)  # two groups of keys over four devices
+  experiment, note = ahead.stand_in(spread, devices.parse('h100:4x1'))
+  assert (experiment, note) == (spread, '')
+  assert estimate.make(experiment, 257, devices.parse('h100:4x1')).kernel == 'plain'
+  for family, kernel in (('a100', 'plain'), ('h100', 'blocks')):  # of 136 a head
+    experiment, note = ahead.stand_in(make(dim=4 * 136), devices.parse(f'{family}:1x1'))
+    assert estimate.make(experiment, 257, devices.parse(f'{family}:1x1')).kernel == kernel
   for kernel, said in [('auto', True), ('triton', True), ('plain', False)]:
-    experiment, note = ahead.stand_in(make('lstm', recurrence_kernel=kernel), 'gpu')
+    experiment, note = ahead.stand_in(make('lstm', recurrence_kernel=kernel), devices.parse('h100:4x1'))
     assert (experiment.model.recurrence_kernel, 'plain loop' in note) == ('plain', said)
     assert estimate.make(experiment, 257, devices.parse('h100:4x1')).kernel == 'plain'
-  experiment, note = ahead.stand_in(make(), 'tpu')
+  experiment, note = ahead.stand_in(make(), devices.parse('v5e:2x2'))
   assert (experiment.model.attention_kernel, note) == ('auto', '')

@@ -5,10 +5,11 @@ import json
 import conftest
 import pytest
 
-from textgen_jax.planning import devices
+from textgen_jax.planning import ahead, devices
 from textgen_jax.tools import plan
 
 DEBUG = f'--config={conftest.CONFIGS}/debug.py'
+LSTM = f'--config={conftest.CONFIGS}/lstm_gpu.py'
 LARGE = f'--config={conftest.CONFIGS}/modern_1b.py'
 FEWER = '--config.model.num_layers=4'  # so that traces are short
 
@@ -21,7 +22,7 @@ def run(capsys, *arguments):
 
 
 def test_a_plan_that_fits(capsys):
-  code, out, _ = run(capsys, LARGE, FEWER, '--topology=h100:8x1', '--format=json', '--tokens=1000000000')
+  code, out, _ = run(capsys, LARGE, FEWER, '--topology=h100:8x1', '--format=json', '--tokens=1e9')
   told = json.loads(out)
   assert code == 0
   assert told['mesh'] == {'data': 1, 'fsdp': 8, 'tensor': 1}
@@ -43,11 +44,31 @@ def test_a_plan_that_fits(capsys):
     ([DEBUG, '--topology=v5e:2x2', '--config.model.dims=3'], 'did you mean model.dim?'),
     ([DEBUG, '--topology=v5e:2x2', '--format=xml'], "format='xml' is none of text, json"),
     ([DEBUG, '--topology=v5e:2x2', '--tokens=-1'], 'tokens=-1 is below 0'),
+    ([DEBUG, '--topology=v5e:2x2', f'--tokens={"9" * 400}'], 'is above 1e+18'),
+    ([DEBUG, '--topology=v5e:2x2', '--tokens=1e99999'], 'tokens=1e99999 is above 1e+18'),
+    ([DEBUG, '--topology=v5e:2x2', '--tokens=1.5'], 'tokens=1.5 is not a whole number'),
+    ([DEBUG, '--topology=v5e:2x2', '--tokens=nan'], "tokens='nan' is not a number, such as 1000000000 or 1e9"),
+    ([DEBUG, '--topology=v5e:2x2', '--tokens=٨'], 'is not a number, such as 1000000000 or 1e9'),
+    ([DEBUG, '--topology=v5e:2x2', '--vocab_size=-1'], 'vocab_size=-1 is not in [0, 2**31)'),
+    ([DEBUG, '--topology=v5e:2x2', '--vocab_size=2147483648'], 'vocab_size=2147483648 is not in [0, 2**31)'),
+    ([DEBUG, '--topology=v5e:2x2', '--vocab_size=10'], "vocab_size=10 is not the 257 ids of tokenizer.kind='byte' (bytes)"),
+    ([LARGE, '--topology=v5e:2x2', '--vocab_size=50257'], "tokenizer.kind='sentencepiece' (tokenizer.vocab_size=32000)"),
+    ([DEBUG, '--topology=v5e:2x2', '--config.tokenizer.kind=char', '--vocab_size=1'], 'vocab_size=1 is below 2'),
+    ([DEBUG, '--topology=v5e:2x2', '--config.tokenizer.kind=char', '--vocab_size=2147483647', '--config.model.vocab_multiple=8'],
+     'vocab_size=2147483647, padded to a multiple of model.vocab_multiple=8, is not below 2**31'),
+    ([DEBUG, '--topology=h100:1x1', '--config.model.dim=36', '--config.model.attention_kernel=cudnn'],
+     "model.attention_kernel='cudnn': the head dim must be <= 256 and a multiple of 8, but got 18"),
+    ([DEBUG, '--topology=v5e:1x1', '--config.model.attention_kernel=cudnn'],
+     "model.attention_kernel='cudnn': it needs an NVIDIA GPU, and the topology is of tpus"),
+    ([LSTM, '--topology=h100:1x1', '--config.model.dim=36', '--config.model.recurrence_kernel=triton'],
+     "model.recurrence_kernel='triton': model.dim=36 is not divisible by 8"),
+    ([DEBUG, '--topology=cpu:1', '--compile', '--format=json', '--config.training.batch_size=2147483647',
+      '--config.training.sequence_length=2147483647'], '--compile for cpu:1: the step takes '),
     ([DEBUG, '--topology=v5e:2x2', '--config.tokenizer.kind=char'], "--vocab_size is missing: tokenizer.kind='char'"),
-    ([DEBUG, '--topology=v5e:4x4', '--vocab_size=99', '--config.training.batch_size=24'], 'the 16 devices that rows are split over'),
-    ([DEBUG, '--topology=h100:8x1', '--vocab_size=99', '--config.sharding.fsdp=3'], "8 devices aren't divisible by sharding sizes"),
+    ([DEBUG, '--topology=v5e:4x4', '--config.training.batch_size=24'], 'the 16 devices that rows are split over'),
+    ([DEBUG, '--topology=h100:8x1', '--config.sharding.fsdp=3'], "8 devices aren't divisible by sharding sizes"),
   ],
-)
+)  # fmt: skip
 def test_wrong_input_is_one_line(arguments, told, capsys):
   code, _, err = run(capsys, *arguments)
   assert code == 2
@@ -82,6 +103,26 @@ def test_what_would_fit_does(changes, ways, capsys):
   given = advised(err)
   rest = [one for one in arguments if not any(one.startswith(flag.partition('=')[0] + '=') for flag in given)]
   assert run(capsys, *rest, *given)[0] == 0
+
+
+@pytest.mark.parametrize('form', ['text', 'json'])
+def test_the_plan_is_told_before_it_is_compiled(form, capsys, monkeypatch):
+  before = []
+
+  def compile_step(*args):
+    before.append(capsys.readouterr())
+    return ahead.Compiled(10**6, 1.0, {}, 0)
+
+  monkeypatch.setattr(ahead, 'compile_step', compile_step)
+  assert plan.main(['plan', DEBUG, '--topology=v5e:1x1', '--compile', f'--format={form}']) == 0
+  (early,), late = before, capsys.readouterr()
+  assert (early.err, late.err) == ('compiling for v5e:1x1\n', '')
+  if form == 'text':
+    assert 'training ' in early.out
+    assert late.out.startswith('compiled     in 1 s')
+  else:
+    assert early.out == ''
+    assert json.loads(late.out)['compiled']['peak_bytes'] == 10**6
 
 
 def test_help(capsys):

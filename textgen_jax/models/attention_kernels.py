@@ -21,6 +21,7 @@ OF_BACKEND = {'cpu': 'causal', 'gpu': 'cudnn', 'tpu': 'splash'}
 
 LANES = 128  # a TPU's vector registers are so wide, and splash's blocks are multiples of it
 LARGEST_SPLASH_BLOCK = 512
+HOPPER, WIDEST_CUDNN_HEAD = 9.0, 256  # compute capability from which cuDNN takes heads so wide, as JAX has it; half as wide before
 SPANS, SHORTEST_SPAN, LARGEST_BLOCK = 8, 256, 256  # of `blocks`; each span is a program of its own, in each layer
 
 
@@ -69,18 +70,20 @@ def obstacle(kernel: str, q_BTHK: Any, k_BGSK: Any, sight: Sight, constrain: bas
     return f'it drops no attention weights, and model.attention_dropout is {dropout}'
   if kernel == 'causal':  # XLA's own operations: they lie as their arrays do
     return 'it masks neither documents nor a window' if sight.segment_BT is not None or sight.window < q_BTHK.shape[1] else ''
-  ways = getattr(constrain, 'ways', (lambda name: 1) if jax.device_count() == 1 and backend.is_here() else None)
+  reason = backend.nvidia_obstacle() if kernel == 'cudnn' else backend.tpu_obstacle()
+  if reason:
+    return reason
+  ways = getattr(constrain, 'ways', (lambda name: 1) if backend.device_count() == 1 else None)
   if ways is None or q_BTHK.shape[0] % ways(axes.BATCH) or k_BGSK.shape[1] % ways(axes.HEADS):
     return 'on several devices it needs rows and groups of heads that are split evenly over a mesh'
   return _cudnn_obstacle(q_BTHK, k_BGSK, sight) if kernel == 'cudnn' else _splash_obstacle(q_BTHK)
 
 
 def _cudnn_obstacle(q_BTHK: Any, k_BGSK: Any, sight: Sight) -> str:
-  reason = backend.nvidia_obstacle()
-  if reason:
-    return reason
   if sight.segment_BT is not None:
     return 'it masks no documents'  # but by a bias of [B, 1, T, S], whose gradient it then makes too
+  if not backend.is_here():
+    return _cudnn_obstacle_by_rule(q_BTHK) or backend.ABSENT_GPU
   try:  # JAX knows which widths and types cuDNN takes, by version and GPU
     jax.eval_shape(functools.partial(cudnn, sight=sight), q_BTHK, k_BGSK, k_BGSK)
   except (NotImplementedError, RuntimeError, ValueError) as error:
@@ -88,9 +91,15 @@ def _cudnn_obstacle(q_BTHK: Any, k_BGSK: Any, sight: Sight) -> str:
   return ''
 
 
+def _cudnn_obstacle_by_rule(q_BTHK: Any) -> str:
+  """What JAX would say where the GPU is: elsewhere it finds no cuDNN, and asks no further."""
+  if q_BTHK.dtype not in (jnp.bfloat16, jnp.float16):
+    return f'queries must be fp16/bf16, got {q_BTHK.dtype}'
+  width, most = q_BTHK.shape[-1], WIDEST_CUDNN_HEAD if backend.compute_capability() >= HOPPER else WIDEST_CUDNN_HEAD // 2
+  return f'the head dim must be <= {most} and a multiple of 8, but got {width}' if width > most or width % 8 else ''
+
+
 def _splash_obstacle(q_BTHK: Any) -> str:
-  if backend.name() != 'tpu':
-    return f'it needs a TPU, and JAX runs on {backend.name()}'
   if q_BTHK.shape[1] % LANES:
     return f"a row's {q_BTHK.shape[1]} tokens aren't a multiple of {LANES}"
   return ''

@@ -103,17 +103,19 @@ def check_kernel(model: Any, length: int, segmented: bool) -> None:
     length: tokens a row.
     segmented: whether rows have several documents that don't see each other.
   """
-  if isinstance(model, lstm.LSTM):
-    reason = recurrence_kernels.obstacle(*_training_loop(model, length))
-    if reason and model.config.recurrence_kernel == 'triton':
-      raise errors.UserError(f"model.recurrence_kernel='triton': {reason}")
-    return
-  if model.config.attention_kernel in ('auto', 'plain'):
-    return
-  call, how = _training_call(model, length, segmented)
-  reason = attention_kernels.obstacle(model.config.attention_kernel, *call, **how)
+  field = 'recurrence_kernel' if isinstance(model, lstm.LSTM) else 'attention_kernel'
+  kernel = getattr(model.config, field)
+  reason = '' if kernel in ('auto', 'plain') else obstacle(model, kernel, length, segmented)
   if reason:
-    raise errors.UserError(f'model.attention_kernel={model.config.attention_kernel!r}: {reason}')
+    raise errors.UserError(f'model.{field}={kernel!r}: {reason}')
+
+
+def obstacle(model: Any, kernel: str, length: int, segmented: bool) -> str:
+  """Why a kernel can't train the model; empty where it can. Other arguments as above."""
+  if isinstance(model, lstm.LSTM):
+    return recurrence_kernels.obstacle(*_training_loop(model, length))
+  call, how = _training_call(model, length, segmented)
+  return attention_kernels.obstacle(kernel, *call, **how)
 
 
 def kernel_of(model: Any, length: int, segmented: bool) -> str:

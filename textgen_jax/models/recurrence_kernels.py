@@ -53,12 +53,12 @@ def obstacle(gates_shape: tuple[int, ...], valid_TB: Any, constrain: base.Constr
     return 'it has no padding'
   if time < STEPS_A_LAUNCH:
     return f'a row has {time} tokens, and it needs {STEPS_A_LAUNCH}'
-  ways = getattr(constrain, 'ways', (lambda name: 1) if jax.device_count() == 1 else None)
+  ways = getattr(constrain, 'ways', (lambda name: 1) if backend.device_count() == 1 else None)
   if ways is None or batch % ways(axes.BATCH):
     return 'on several devices it needs rows that are split evenly over a mesh'
   if tile(batch, width // 4)[1] < FEWEST_COLUMNS:
     return f'model.dim={width // 4} is not divisible by {FEWEST_COLUMNS}'
-  return ''
+  return '' if backend.is_here() else backend.ABSENT_GPU
 
 
 def apply(

@@ -235,7 +235,8 @@ def locate(
   if cache is None and valid_BT is None and starts_BT is None:
     t = jnp.arange(time)
     mask_TS = (t[None, :] <= t[:, None]) & (t[None, :] > t[:, None] - window)
-    return attention.Frame(np.arange(time)[None], mask_TS[None], None, sight=attention_kernels.Sight(window)), None
+    position_T = np.arange(time) if time <= rope.CONSTANT_TOKENS else t  # of 2**31 tokens NumPy's took 16 GB of the host
+    return attention.Frame(position_T[None], mask_TS[None], None, sight=attention_kernels.Sight(window)), None
   holes = valid_BT is not None
   valid_BT = jnp.ones((batch, time), bool) if valid_BT is None else valid_BT
   count_B = jnp.zeros((batch,), jnp.int32) if cache is None else cache.count_B

@@ -19,6 +19,7 @@ from jax.experimental import topologies
 from textgen_jax import backend, errors, memory, program, sharding
 from textgen_jax import experiment as experiment_lib
 from textgen_jax.data import windows
+from textgen_jax.models import build
 from textgen_jax.planning import devices, hlo
 from textgen_jax.training import checkpoints
 
@@ -57,6 +58,17 @@ GPUS = {
   'h200': HOPPER | {'l2': 62_914_560},
   'a100': {'shared': 167_936, 'optin': 166_912, 'cores': 108, 'fpus': 64, 'clock': 1.41, 'l2': 41_943_040, 'major': 8},
 }
+# Of each family: the field that names its kernel, the GPU's own, what is compiled instead, and what is said then.
+STAND_INS = {
+  'transformer': (
+    'attention_kernel', 'cudnn', 'blocks',
+    "cuDNN's attention is planned and compiled as `blocks`, as it can be compiled only where the GPU is",
+  ),
+  'lstm': (
+    'recurrence_kernel', 'triton', 'plain',
+    "the recurrence's kernel can be compiled only where the GPU is: the plain loop is planned, which takes more memory",
+  ),
+}  # fmt: skip
 REMATERIALIZATION = re.compile('Involuntary full rematerialization')  # XLA copies an array whole to move it from one sharding to another
 
 
@@ -108,22 +120,38 @@ def _is_installed(module: str) -> bool:
     return False
 
 
-def stand_in(experiment: experiment_lib.Experiment, kind: str) -> tuple[experiment_lib.Experiment, str]:
-  """The experiment with what can be compiled without a GPU in the place of its kernels, and what is to be said of that.
+def stand_in(experiment: experiment_lib.Experiment, topology: devices.Topology) -> tuple[experiment_lib.Experiment, str]:
+  """The experiment with what can be compiled without a GPU in the place of kernels that its training would take, and what is to be said.
 
-  Like cuDNN's attention its stand-in keeps nothing that grows with the square of the length.
+  Like cuDNN's attention its stand-in keeps nothing that grows with the square of the length. A kernel that training wouldn't take is
+  left to be passed over, or refused, as there.
   """
-  model: Any = experiment.model  # the two families have other fields
+  c, model = experiment.training, experiment.model
+  field, kernel, instead, note = STAND_INS['lstm' if build.carries(model) else 'transformer']
+  if topology.device.kind != 'gpu' or getattr(model, field) not in ('auto', kernel):
+    return experiment, ''
+  with topology.target():
+    mesh = sharding.abstract_mesh(experiment.sharding, topology.count)
+    constrain = sharding.make_constrain(experiment.sharding, mesh)  # type: ignore[arg-type]  # it reads the shape alone
+    planned = build.build(model, 1, c.sequence_length, constrain)  # the vocabulary makes no difference
+    if build.obstacle(planned, kernel, c.sequence_length, c.mask_documents) != backend.ABSENT_GPU:
+      return experiment, ''
   changed = copy.deepcopy(experiment)
-  if kind == 'gpu' and getattr(model, 'recurrence_kernel', 'plain') != 'plain':
-    changed.model = dataclasses.replace(model, recurrence_kernel='plain')
-    return changed, "the recurrence's kernel can be compiled only where the GPU is: the plain loop is planned, which takes more memory"
-  if kind != 'gpu' or getattr(model, 'attention_kernel', '') not in ('auto', 'cudnn'):
-    return experiment, ''
-  if model.attention_dropout or experiment.training.mask_documents or model.compute_dtype == 'float32':  # which cuDNN's can't do
-    return experiment, ''
-  changed.model = dataclasses.replace(model, attention_kernel='blocks')
-  return changed, "cuDNN's attention is planned and compiled as `blocks`, as it can be compiled only where the GPU is"
+  changed.model = dataclasses.replace(model, **{field: instead})  # type: ignore[arg-type]
+  return changed, note
+
+
+def check_host(topology: devices.Topology, peak: int) -> None:
+  """Raises UserError where a cpu topology's step takes more than there is here: causal attention is traced a block of queries at a time.
+
+  Args:
+    topology: what to compile for.
+    peak: bytes that the step is planned to take on each device.
+  """
+  has = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  if topology.device.kind == 'cpu' and peak > has:
+    needs = f'{peak / 2**30:.4g} GiB on each device, and this machine, whose cores they are, has {has / 2**30:.4g}'
+    raise errors.UserError(f'--compile for {topology.name}: the step takes {needs}')
 
 
 def compile_step(experiment: experiment_lib.Experiment, vocab_size: int, topology: devices.Topology) -> Compiled:
@@ -140,7 +168,7 @@ def compile_step(experiment: experiment_lib.Experiment, vocab_size: int, topolog
   """
   mesh = sharding.make_mesh(experiment.sharding, devices_of(topology))
   began = time.monotonic()
-  with backend.target(topology.device.kind), _told() as told:
+  with topology.target(), _told() as told:
     parts = program.Program(experiment, vocab_size, mesh)
     state = checkpoints.with_shardings(parts.abstract, parts.shardings)
     lowered = parts.step.lower(state, *abstract_inputs(parts))

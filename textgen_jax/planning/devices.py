@@ -1,15 +1,17 @@
 """Accelerators as their makers describe them, and groups of them by name: v5e:16x16, v5p:8x8x8, h100:8x32 (GPUs a host x hosts), cpu:8."""
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
 
-from textgen_jax import errors
+from textgen_jax import backend, errors
 from textgen_jax.training import metrics
 
 GPUS_A_HOST = (1, 2, 4, 8)
 MOST_DEVICES = 65_536
+NUMBER = '(0|[1-9][0-9]{0,4})'  # of devices; \d would take other scripts' digits too
 # JAX takes this share of a GPU's memory, unless the variable says otherwise (docs.jax.dev, "GPU memory allocation").
 GPU_SHARE, GPU_SHARE_VARIABLE = 0.75, 'XLA_PYTHON_CLIENT_MEM_FRACTION'
 
@@ -24,6 +26,7 @@ class Device:
   memory_bandwidth: float | None
   link_bandwidth: float | None  # TPU: of one of its links; GPU: of all of its NVLinks together
   network_bandwidth: float | None = None  # GPU: its share of its host's network
+  compute_capability: float = 0.0  # GPU: NVIDIA's
   slices: tuple[str, ...] = ()  # TPU: the shapes in which it is let
   wrap: int = 0  # TPU: an axis of a multiple of it is a ring, and has two links a chip; others are lines
 
@@ -62,11 +65,11 @@ DEVICES = {
   # docs.cloud.google.com/tpu/docs/v6e: 32 GB, 1,638 GB/s, 800 GB/s over 4 ports, both directions. XLA leaves programs 31.25 GiB.
   'v6e': Device('tpu', 'TPU v6e', int(31.25 * 2**30), 1638e9, 100e9, slices=_SQUARES, wrap=16),
   # NVIDIA A100 data sheet (SXM, 80 GB): 2,039 GB/s, NVLink 600 GB/s; DGX A100: a port of 200 Gb/s a GPU.
-  'a100': Device('gpu', 'NVIDIA A100-SXM4-80GB', 80_000_000_000, 2039e9, 300e9, 25e9),
+  'a100': Device('gpu', 'NVIDIA A100-SXM4-80GB', 80_000_000_000, 2039e9, 300e9, 25e9, 8.0),
   # NVIDIA H100 data sheet (SXM, 80 GB, of which XLA sees 79.1 GiB): 3.35 TB/s, NVLink 900 GB/s; DGX H100: a port of 400 Gb/s a GPU.
-  'h100': Device('gpu', 'NVIDIA H100 80GB HBM3', 84_929_347_584, 3350e9, 450e9, 50e9),
+  'h100': Device('gpu', 'NVIDIA H100 80GB HBM3', 84_929_347_584, 3350e9, 450e9, 50e9, 9.0),
   # NVIDIA H200 data sheet (SXM, 141 GB): 4.8 TB/s, NVLink 900 GB/s; DGX H200: a port of 400 Gb/s a GPU.
-  'h200': Device('gpu', 'NVIDIA H200', 141_000_000_000, 4800e9, 450e9, 50e9),
+  'h200': Device('gpu', 'NVIDIA H200', 141_000_000_000, 4800e9, 450e9, 50e9, 9.0),
   # Processes of a test: nothing of their memory and speed is known.
   'cpu': Device('cpu', 'cpu', None, None, None),
 }
@@ -90,6 +93,10 @@ class Topology:
   @property
   def count(self) -> int:
     return math.prod(self.sizes)
+
+  def target(self) -> contextlib.AbstractContextManager[None]:
+    """What is traced within is for these devices."""
+    return backend.target(self.device.kind, self.count, self.device.compute_capability)
 
   def bandwidth(self, stride: int, size: int) -> float | None:
     """Bytes/s into each of `size` devices that stand `stride` apart, all of whose links carry what they tell each other.
@@ -127,9 +134,9 @@ def parse(name: str) -> Topology:
   kind = DEVICES[family].kind
   if kind == 'tpu' and shape not in DEVICES[family].slices:
     raise errors.not_among('topology', name, [f'{family}:{one}' for one in DEVICES[family].slices])
-  if kind == 'gpu' and not re.fullmatch(r'\d{1,2}x\d{1,5}', shape):
+  if kind == 'gpu' and not re.fullmatch(f'{NUMBER}x{NUMBER}', shape):
     raise errors.UserError(f'topology={name!r} is not {family}:GPUSxHOSTS, such as {family}:8x4')
-  if kind == 'cpu' and not re.fullmatch(r'\d{1,4}', shape):
+  if kind == 'cpu' and not re.fullmatch(NUMBER, shape):
     raise errors.UserError(f'topology={name!r} is not cpu:DEVICES, such as cpu:8')
   sizes = tuple(map(int, shape.split('x')))
   if kind == 'gpu' and sizes[0] not in GPUS_A_HOST:

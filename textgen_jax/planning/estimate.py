@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from textgen_jax import backend, program, sharding, trees
 from textgen_jax import experiment as experiment_lib
+from textgen_jax import program, sharding, trees
 from textgen_jax.models import base, build
 from textgen_jax.planning import devices, footprint, traffic
 
@@ -73,7 +73,7 @@ def make(experiment: experiment_lib.Experiment, vocab_size: int, topology: devic
     UserError: something doesn't fit the mesh.
   """
   e, c = experiment, experiment.training
-  with backend.target(topology.device.kind):
+  with topology.target():
     # Shapes and places are all that is asked of the mesh.
     parts = program.Program(e, vocab_size, sharding.abstract_mesh(e.sharding, topology.count))  # type: ignore[arg-type]
     flops = base.flops_per_token(parts.model, parts.abstract.params, c.sequence_length)

@@ -14,7 +14,6 @@ def content(
   topology: devices.Topology,
   plan: estimate.Estimate,
   tokens: int,
-  compiled: ahead.Compiled | None,
   note: str,
 ) -> dict[str, Any]:
   """Everything that a plan says, as JSON values: bytes of one device, seconds, FLOPs.
@@ -24,11 +23,10 @@ def content(
     topology: where it would be trained.
     plan: the estimate.
     tokens: to train on; 0: those of `training.num_steps`.
-    compiled: what the compiler says; None: it wasn't asked.
     note: on how the plan differs from the run.
   """
   tokens = tokens or experiment.training.num_steps * plan.tokens_per_step
-  told: dict[str, Any] = {
+  return {
     'topology': topology.name,
     'devices': topology.count,
     'mesh': plan.mesh,
@@ -44,15 +42,17 @@ def content(
     'time': plan.times and _times(topology, plan, tokens),
     'note': note or None,
   }
-  if compiled:
-    told['compiled'] = {
-      'peak_bytes': compiled.peak_bytes,
-      'estimate_differs_by': plan.footprint.peak / compiled.peak_bytes - 1 if compiled.peak_bytes else None,
-      'collectives': {kind: said._asdict() for kind, said in compiled.collectives.items()},
-      'involuntary_rematerializations': compiled.rematerializations,
-      'seconds': compiled.seconds,
-    }
-  return told
+
+
+def compiled_content(plan: estimate.Estimate, compiled: ahead.Compiled) -> dict[str, Any]:
+  """What the compiler says, beside the plan."""
+  return {
+    'peak_bytes': compiled.peak_bytes,
+    'estimate_differs_by': plan.footprint.peak / compiled.peak_bytes - 1 if compiled.peak_bytes else None,
+    'collectives': {kind: said._asdict() for kind, said in compiled.collectives.items()},
+    'involuntary_rematerializations': compiled.rematerializations,
+    'seconds': compiled.seconds,
+  }
 
 
 def _times(topology: devices.Topology, plan: estimate.Estimate, tokens: int) -> dict[str, float]:
@@ -71,7 +71,7 @@ def _times(topology: devices.Topology, plan: estimate.Estimate, tokens: int) -> 
 
 
 def text(told: dict[str, Any]) -> str:
-  """The same for people."""
+  """`content` for people."""
   sizes, mesh = told['bytes'], ' x '.join(f'{axis} {size}' for axis, size in told['mesh'].items())
   lines = [
     f'{told["topology"]}: {told["devices"]} devices as {mesh}',
@@ -95,8 +95,6 @@ def text(told: dict[str, Any]) -> str:
     lines += _time_lines(told['time'])
   if told['note']:
     lines.append(f'note         {told["note"]}')
-  if 'compiled' in told:
-    lines += _compiled_lines(told['compiled'])
   return '\n'.join(lines)
 
 
@@ -110,7 +108,8 @@ def _time_lines(time: dict[str, float]) -> list[str]:
   ]
 
 
-def _compiled_lines(compiled: dict[str, Any]) -> list[str]:
+def compiled_text(compiled: dict[str, Any]) -> str:
+  """`compiled_content` for people."""
   differs = compiled['estimate_differs_by']
   beside = '' if differs is None else f'; the estimate is {abs(differs):.0%} {"above" if differs > 0 else "below"}'
   lines = [f'compiled     in {compiled["seconds"]:.0f} s, peak {_gib(compiled["peak_bytes"]).strip()} GiB{beside}']
@@ -118,7 +117,7 @@ def _compiled_lines(compiled: dict[str, Any]) -> list[str]:
     lines.append(f'  {kind:20} {said["times"]:6} times {_gib(said["bytes"])} GiB')
   if count := compiled['involuntary_rematerializations']:
     lines.append(f'  XLA warns {count} times of involuntary full rematerialization: an array is copied whole to be split otherwise')
-  return lines
+  return '\n'.join(lines)
 
 
 def _gib(size: float) -> str:
