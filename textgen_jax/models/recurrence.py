@@ -101,8 +101,7 @@ def _backward(residuals: Any, slopes: tuple[jax.Array, Carry]) -> Any:
     seen_TBD = (seen_TBD * keep_BD).astype(hidden_TBD.dtype)
   bias_slope_G = gates_slope_TBG.sum((0, 1))
   gates_slope_TBG = gates_slope_TBG.astype(kernel_DG.dtype)
-  flat = (x.reshape(-1, x.shape[-1]) for x in (seen_TBD, gates_slope_TBG))  # else XLA's CPU backend copies both
-  kernel_slope_DG = jnp.einsum('ND,NG->DG', *flat, preferred_element_type=jnp.float32)
+  kernel_slope_DG = jnp.einsum('TBD,TBG->DG', seen_TBD, gates_slope_TBG, preferred_element_type=jnp.float32)
   return gates_slope_TBG, bias_slope_G, kernel_slope_DG.astype(kernel_DG.dtype), first_slopes, None, None, None
 
 
