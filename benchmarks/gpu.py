@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f'--ways {way!r} is none of {", ".join(map(repr, sorted(known)))}')
     works = {name: work._replace(ways={way: how for way, how in work.ways.items() if way in args.ways}) for name, work in works.items()}
   report = Report(args.output)
-  peers = ask_peers(args, sizes) if args.peers else []  # before JAX takes the memory
+  peers = ask_peers(args, works, sizes) if args.peers else []  # before JAX takes the memory
   clock = Clock(args.minutes)
   report.say(f'# {datetime.date.today().isoformat()}, {jax.devices()[0].device_kind}\n')
   named = ('jax', 'jaxlib', 'flax', 'optax', *(one for one in ('jax-cuda13-plugin', 'jax-cuda12-plugin', 'libtpu') if installed(one)))
@@ -145,9 +145,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   report.say(f'\n{peak_memory()}')
 
 
-def ask_peers(args: argparse.Namespace, sizes: Sizes) -> list[dict[str, Any]]:
+def ask_peers(args: argparse.Namespace, works: dict[str, Workload], sizes: Sizes) -> list[dict[str, Any]]:
   """What PyTorch measured; all that it has told where it took too long or failed."""
-  models = {name: peer_sizes(MODELS[name](args.dry_run)) for name in args.models}
+  models = {name: peer_sizes(work) for name, work in works.items()}
   asked = {'device': 'cpu' if args.dry_run else 'cuda', 'models': models, 'repeats': args.repeats, 'turn_s': sizes.turn_s}
   asked |= {'batches': sizes.batches, 'new_tokens': sizes.new_tokens, 'temperature': TEMPERATURE}
   script = pathlib.Path(__file__).with_name('gpu_peers.py')

@@ -53,7 +53,7 @@ def nvidia_obstacle() -> str:
   if not is_here():
     return '' if compute_capability() >= OLDEST_GPU else f'it needs compute capability {OLDEST_GPU}, and the GPU has {compute_capability()}'
   device = jax.local_devices()[0]
-  if 'cuda' not in device.client.platform_version or float(device.compute_capability) < OLDEST_GPU:
+  if 'cuda' not in device.client.platform_version or compute_capability() < OLDEST_GPU:
     return f'it needs an NVIDIA GPU of compute capability {OLDEST_GPU} or more, and this is {device.device_kind}'
   return ''
 

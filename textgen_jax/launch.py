@@ -42,7 +42,7 @@ def join(launch: launch_flags.Launch) -> None:
     UserError: the launcher's environment doesn't do.
     MachineFailed: the coordinator's port is taken.
   """
-  global _heard, _place
+  global _heard, _place, _joined
   if not launch.several:
     return
   # JAX's own would take SIGTERM, and nobody would hear of it.
@@ -76,7 +76,6 @@ def join(launch: launch_flags.Launch) -> None:
     late.cancel()
     if _heard:
       _heard.let_out()
-  global _joined
   _joined = True
   for target in (_listen, lambda: _watch(launch.hang_timeout_s)):
     threading.Thread(target=target, daemon=True).start()

@@ -94,18 +94,24 @@ def _backward(residuals: Any, slopes: tuple[jax.Array, Carry]) -> Any:
 
   inputs = slope_TBD.astype(jnp.float32), acts_TBG, cell_TBD, valid_TB, starts_TB
   (first_slopes, _), gates_slope_TBG = _loop(step, (last_slopes, last_cell_BD), inputs, reverse=True)
+  bias_slope_G = gates_slope_TBG.sum((0, 1))
+  gates_slope_TBG = gates_slope_TBG.astype(kernel_DG.dtype)
+  kernel_slope_DG = kernel_slope(first_hidden_BD, hidden_TBD, keep_BD, starts_TB, gates_slope_TBG)
+  return gates_slope_TBG, bias_slope_G, kernel_slope_DG, first_slopes, None, None, None
+
+
+recur.defvjp(_forward, _backward)
+
+
+def kernel_slope(first_hidden_BD: jax.Array, hidden_TBD: jax.Array, keep_BD: Any, starts_TB: Any, gates_slope_TBG: jax.Array) -> jax.Array:
+  """The kernel's gradient, [D, 4 D], by one product over all times; hidden states and the gates' gradients are in the kernel's type."""
   seen_TBD = jnp.concatenate([first_hidden_BD[None].astype(hidden_TBD.dtype), hidden_TBD[:-1]])
   if starts_TB is not None:
     seen_TBD = jnp.where(starts_TB[..., None], 0, seen_TBD)
   if keep_BD is not None:
     seen_TBD = (seen_TBD * keep_BD).astype(hidden_TBD.dtype)
-  bias_slope_G = gates_slope_TBG.sum((0, 1))
-  gates_slope_TBG = gates_slope_TBG.astype(kernel_DG.dtype)
-  kernel_slope_DG = jnp.einsum('TBD,TBG->DG', seen_TBD, gates_slope_TBG, preferred_element_type=jnp.float32)
-  return gates_slope_TBG, bias_slope_G, kernel_slope_DG.astype(kernel_DG.dtype), first_slopes, None, None, None
-
-
-recur.defvjp(_forward, _backward)
+  slope_DG = jnp.einsum('TBD,TBG->DG', seen_TBD, gates_slope_TBG, preferred_element_type=jnp.float32)
+  return slope_DG.astype(gates_slope_TBG.dtype)
 
 
 def _loop(step: Callable[..., Any], state: Any, inputs: Any, reverse: bool = False) -> Any:

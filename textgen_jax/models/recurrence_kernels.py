@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from textgen_jax import axes, backend
-from textgen_jax.models import base
-
-Carry = tuple[jax.Array, jax.Array]  # hidden_BD and cell_BD, in float32
+from textgen_jax.models import base, recurrence
+from textgen_jax.models.recurrence import Carry
 
 KERNELS = ('auto', 'plain', 'triton')  # what `model.recurrence_kernel` may be
 
@@ -140,14 +139,11 @@ def _backward(interpret: bool, residuals: Any, slopes: tuple[jax.Array, Carry]) 
   (_, hidden_slope_BD, cell_slope_BD, changed), _ = jax.lax.scan(step, state, None, time, unroll=STEPS_A_LAUNCH)
   slopes_TBG = changed['slopes']
 
-  seen_TBD = jnp.concatenate([first_hidden_BD[None].astype(dtype), passed['hidden'][:-1]])
   if keep_BD is not None:
-    seen_TBD = (seen_TBD * keep_BD).astype(dtype)
     hidden_slope_BD = hidden_slope_BD * keep_BD
   if starts_TB is not None:
-    seen_TBD = jnp.where(starts_TB[..., None], 0, seen_TBD)
     hidden_slope_BD, cell_slope_BD = (jnp.where(starts_TB[0, :, None], 0, x_BD) for x_BD in (hidden_slope_BD, cell_slope_BD))
-  kernel_slope_DG = jnp.einsum('TBD,TBG->DG', seen_TBD, slopes_TBG, preferred_element_type=jnp.float32).astype(dtype)
+  kernel_slope_DG = recurrence.kernel_slope(first_hidden_BD, passed['hidden'], keep_BD, starts_TB, slopes_TBG)
   return slopes_TBG, slopes_TBG.sum((0, 1), jnp.float32), kernel_slope_DG, (hidden_slope_BD, cell_slope_BD), None, None
 
 

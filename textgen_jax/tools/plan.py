@@ -103,13 +103,14 @@ def vocabulary(experiment: 'experiment_lib.Experiment', given: int) -> int:
   if given and fixed and given != fixed:
     whose = 'bytes' if c.kind == 'byte' else f'tokenizer.vocab_size={c.vocab_size}'
     raise errors.UserError(f'vocab_size={given} is not the {fixed} ids of tokenizer.kind={c.kind!r} ({whose}): leave it out or change them')
-  if not (given or fixed):
+  size = given or fixed
+  if not size:
     raise errors.UserError(f'--vocab_size is missing: tokenizer.kind={c.kind!r} has as many ids as its text makes it')
-  if (given or fixed) < FEWEST_IDS:
-    raise errors.UserError(f'vocab_size={given or fixed} is below {FEWEST_IDS}: a character, and the end of a text')
-  if -(-(given or fixed) // multiple) * multiple >= MOST_IDS:
-    raise errors.UserError(f'vocab_size={given or fixed}, padded to a multiple of model.vocab_multiple={multiple}, is not below 2**31')
-  return given or fixed
+  if size < FEWEST_IDS:
+    raise errors.UserError(f'vocab_size={size} is below {FEWEST_IDS}: a character, and the end of a text')
+  if -(-size // multiple) * multiple >= MOST_IDS:
+    raise errors.UserError(f'vocab_size={size}, padded to a multiple of model.vocab_multiple={multiple}, is not below 2**31')
+  return size
 
 
 def _count(name: str, text: str, most: int) -> int:
