@@ -28,6 +28,7 @@ LISTEN_MS = 3_600_000  # one question after another's end
 CALL_S = 1.0  # for the last words to the coordinator, which may be gone
 
 _joined = False  # by `join`: this process ends with the others
+_leaving: int | None = None  # with this exit code, which is settled
 # While it joins:
 _heard: meeting.Overheard | None = None
 _place: launch_flags.Place | None = None
@@ -143,10 +144,12 @@ def leave(code: int, told: str) -> None:
 
 def announce(code: int, told: str) -> None:
   """Tells the others that this process ends; the leader waits for them a little, for the coordinator ends with it."""
+  global _leaving
   if _heard:
     _heard.let_out()  # what is told from here on
   if not _joined:
     return
+  _leaving = code
 
   def tell() -> None:
     with contextlib.suppress(RuntimeError):  # the coordinator may be gone, and another may have been the first
@@ -230,6 +233,8 @@ def _catch_aborts() -> None:
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(number: int) -> None:
   del number
+  if _leaving is not None:  # and the coordinator's process was the faster
+    os._exit(_leaving)
   words = _heard.stop() if _heard and not _joined else ''
   if _place and (told := meeting.why_refused(_place, words)):
     _say(f'error: {told}')

@@ -86,6 +86,14 @@ def test_a_signal_to_one_saves_the_same_step_on_both(running, tmp_path, told, nu
     assert f'{number.name}: step {saved} is saved in' in one.said()
 
 
+def test_a_process_that_lingers_when_all_is_done_ends_well(cluster, tmp_path):
+  started = cluster.start(tmp_path / 'run', 2, script=str(fault_runs.ROOT / 'tests' / 'lingering_process.py'))
+  assert started[0].wait() == 0, started[0].said()[-3000:]
+  code, seconds = process_runs.seconds_until_end(started[1])
+  assert code == 0, started[1].said()[-3000:]
+  assert seconds < 20, 'it was not aborted: the test is of nothing'
+
+
 def test_processes_with_other_settings_do_not_begin(cluster, tmp_path):
   port = process_runs.free_port()
 
