@@ -5,9 +5,10 @@
 Results go to stdout (or --output), diagnostics to stderr. Equal flags give equal text.
 """
 
-from textgen_jax import signals
+from textgen_jax import allocator, signals
 
 if __name__ == '__main__':
+  allocator.keep_memory()  # before any thread, of which a watch is one
   signals.watch()  # before anything that takes its time to import
 
 import dataclasses

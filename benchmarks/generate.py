@@ -1,13 +1,16 @@
 """Tokens a second beside Hugging Face `generate`, both libraries holding the same GPT-2; and what a larger cache costs.
 
   pip install -e '.[bench]'
-  python benchmarks/generate.py [--repeats=7] [--together]
+  python benchmarks/generate.py [--repeats=7] [--together] [--large]
 
-Both draw 256 tokens at temperature 0.8 after prompts of 8, in turns and with another seed each time, through their public calls:
-texts in and texts out for ours, ids in and ids out for theirs. First both continue the same prompts greedily, and the script ends
+Both draw 256 tokens (--large: 64) at temperature 0.8 after prompts of 8, in turns and with another seed each time, through their public
+calls: texts in and texts out for ours, ids in and ids out for theirs. First both continue the same prompts greedily, and the script ends
 where their tokens differ. Each contender has a process of its own that sleeps while another is timed (--together: one process for all).
 torch runs with one thread and with all cores, and ratios are to the faster of the two: two threads that wait for each other at every
 operation are a little faster alone, and many times slower where another process takes a core away.
+
+--large is GPT-2's smallest model but for its vocabulary, 85 M parameters in place of 0.8 M, beside Hugging Face's with all cores; capacity
+isn't measured of it.
 
 Capacity is measured in three ways. By a model whose context is 4 C, through `generate`, for texts of 64 tokens: room that isn't used
 should cost nothing. Through `generate`, whose cache follows the text: C/2 tokens drawn after C/2, less the time of a call that draws
@@ -23,7 +26,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import contenders
 import gpt2_weights
@@ -32,13 +35,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from textgen_jax import allocator
 from textgen_jax.models import base, build, lstm, transformer
 from textgen_jax.sampling import generate, params
 from textgen_jax.text import char
 
-DIM, NUM_LAYERS, NUM_HEADS, VOCAB_SIZE, CONTEXT_LENGTH = 128, 4, 4, 65, 1024
-PROMPT_TOKENS, NEW_TOKENS, GREEDY_TOKENS, TEMPERATURE = 8, 256, 64, 0.8
-BATCHES = (1, 16)
+
+class Sizes(NamedTuple):
+  """Of GPT-2, and of what is drawn."""
+
+  dim: int
+  num_layers: int
+  num_heads: int
+  new_tokens: int
+  batches: tuple[int, ...]
+
+
+SMALL, LARGE = Sizes(128, 4, 4, 256, (1, 16)), Sizes(768, 12, 12, 64, (1, 4, 16))
+VOCAB_SIZE, CONTEXT_LENGTH = 65, 1024
+PROMPT_TOKENS, GREEDY_TOKENS, TEMPERATURE = 8, 64, 0.8
 CAPACITIES = (64, 128, 256, 512, 1024)
 ROOMY_TOKENS = 56  # and 8 before: a quarter of the smallest context
 CAPACITY_TOKENS = 512  # drawn in one measurement, whatever the capacity: else the short ones would be the noisy ones
@@ -53,61 +68,68 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--repeats', type=int, default=7)
   parser.add_argument('--together', action='store_true', help='one process for all, where both libraries have their threads')
-  parser.add_argument('--torch_threads', type=int, nargs='+', default=[1, CORES], help='a row each; leave out the second on a busy machine')
+  parser.add_argument('--large', action='store_true')
+  parser.add_argument('--torch_threads', type=int, nargs='+', help='a row each; leave out the second on a busy machine')
   parser.add_argument('--serve', nargs=2, metavar=('NAME', 'WEIGHTS'), help='for the script itself: time what stdin asks for')
   args = parser.parse_args()
+  sizes = LARGE if args.large else SMALL
+  args.torch_threads = args.torch_threads or ([CORES] if args.large else [1, CORES])
   if args.serve:
-    contenders.serve(makers(args.torch_threads)[args.serve[0]](args.serve[1]))
+    allocator.keep_memory()  # as sample.py does
+    contenders.serve(makers(sizes, args.torch_threads)[args.serve[0]](args.serve[1]))
     return
   versions = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'jaxlib', 'torch', 'transformers'))
   where = 'one process for all' if args.together else 'a process each'
   print(f'{CORES} cores, {where}; {versions}\n')
   with tempfile.TemporaryDirectory() as folder:
     weights = os.path.join(folder, 'gpt2.npz')
-    write_weights(weights)
+    write_weights(sizes, weights)
     rivals: dict[str, Any] = {}
-    for name, make in makers(args.torch_threads).items():
+    for name, make in makers(sizes, args.torch_threads).items():
       if args.together:
         rivals[name] = functools.partial(contenders.timed, make(weights))
       else:
-        rivals[name] = contenders.Apart(__file__, name, [weights, '--torch_threads', *map(str, args.torch_threads)])
-    check_same(rivals)
-    compare(rivals, args.repeats)
+        how = ['--torch_threads', *map(str, args.torch_threads), *['--large'] * args.large]
+        rivals[name] = contenders.Apart(__file__, name, [weights, *how])
+    check_same(rivals, max(sizes.batches))
+    compare(rivals, sizes, args.repeats)
     for rival in rivals.values():
       if isinstance(rival, contenders.Apart):
         rival.close()
-    capacity(weights, args.repeats)
+    if not args.large:
+      capacity(weights, args.repeats)
 
 
-def write_weights(path: str) -> None:
+def write_weights(sizes: Sizes, path: str) -> None:
   """A GPT-2 with random biases and scales too, so that none is lost unseen, and logits that are far enough apart to compare."""
   import torch
 
   torch.manual_seed(0)
-  model = their_model()
+  model = their_model(sizes)
   with torch.no_grad():
     for name, param in model.named_parameters():
       if param.ndim > 1:
-        param.normal_(0.0, 0.2)
+        param.normal_(0.0, 0.2 * (SMALL.dim / sizes.dim) ** 0.5)
       else:
         param.normal_(1.0 if name.endswith('weight') else 0.0, 0.1)
   np.savez(path, **{name: param.detach().numpy() for name, param in model.named_parameters()})  # the tied table once
 
 
-def their_model() -> Any:
+def their_model(sizes: Sizes) -> Any:
   import transformers
 
   no_special_tokens = dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id'))
-  sizes = {'n_layer': NUM_LAYERS, 'n_embd': DIM, 'n_head': NUM_HEADS, 'vocab_size': VOCAB_SIZE, 'n_positions': CONTEXT_LENGTH}
-  return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **no_special_tokens)).eval()
+  own = {'n_layer': sizes.num_layers, 'n_embd': sizes.dim, 'n_head': sizes.num_heads}
+  config = transformers.GPT2Config(vocab_size=VOCAB_SIZE, n_positions=CONTEXT_LENGTH, **own, **no_special_tokens)
+  return transformers.GPT2LMHeadModel(config).eval()
 
 
-def theirs(threads: int, weights: str) -> Draw:
+def theirs(sizes: Sizes, threads: int, weights: str) -> Draw:
   import torch
   import transformers
 
   transformers.logging.set_verbosity_error()
-  model = their_model()
+  model = their_model(sizes)
   with np.load(weights) as file:
     model.load_state_dict({name: torch.from_numpy(file[name]) for name in file}, strict=False)
   model.tie_weights()
@@ -136,11 +158,11 @@ def ours(model: Any, weights: Any) -> Draw:
   return draw
 
 
-def same_gpt2(weights: str, context_length: int = CONTEXT_LENGTH) -> tuple[Any, Any]:
-  model = build.build(gpt2_weights.config(DIM, NUM_LAYERS, NUM_HEADS), VOCAB_SIZE, context_length)
+def same_gpt2(sizes: Sizes, weights: str) -> tuple[Any, Any]:
+  model = build.build(gpt2_weights.config(sizes.dim, sizes.num_layers, sizes.num_heads), VOCAB_SIZE, CONTEXT_LENGTH)
   with np.load(weights) as file:
     found = dict(file)
-  return model, gpt2_weights.fill(model, gpt2_weights.rename(found, NUM_LAYERS))
+  return model, gpt2_weights.fill(model, gpt2_weights.rename(found, sizes.num_layers))
 
 
 def fresh(config: build.ModelConfig, context_length: int = CONTEXT_LENGTH) -> tuple[Any, Any]:
@@ -148,27 +170,29 @@ def fresh(config: build.ModelConfig, context_length: int = CONTEXT_LENGTH) -> tu
   return model, nn.unbox(base.init_params(model, jax.random.PRNGKey(0)))
 
 
-MODERN = transformer.TransformerConfig(dim=DIM, num_layers=NUM_LAYERS, num_heads=NUM_HEADS, compute_dtype='float32')
+def modern(sizes: Sizes) -> transformer.TransformerConfig:
+  return transformer.TransformerConfig(dim=sizes.dim, num_layers=sizes.num_layers, num_heads=sizes.num_heads, compute_dtype='float32')
+
+
 LSTM = lstm.LSTMConfig(dim=224, num_layers=2, compute_dtype='float32')  # 0.82 M weights; the blocks of the Transformers have 0.79 M
 
 
-def makers(torch_threads: list[int]) -> dict[str, Callable[[str], Draw]]:
+def makers(sizes: Sizes, torch_threads: list[int]) -> dict[str, Callable[[str], Draw]]:
   """By name, in the order of their turns; each takes the path of the weights."""
-  return {
-    OURS: lambda weights: ours(*same_gpt2(weights)),
-    **{f'{THEIRS}{threads}': functools.partial(theirs, threads) for threads in sorted(set(torch_threads))},
-    'textgen_jax, Transformer as by default': lambda _: ours(*fresh(MODERN)),
-    'textgen_jax, LSTM': lambda _: ours(*fresh(LSTM)),
+  made = {
+    OURS: lambda weights: ours(*same_gpt2(sizes, weights)),
+    **{f'{THEIRS}{threads}': functools.partial(theirs, sizes, threads) for threads in sorted(set(torch_threads))},
+    'textgen_jax, Transformer as by default': lambda _: ours(*fresh(modern(sizes))),
   }
+  return made if sizes == LARGE else made | {'textgen_jax, LSTM': lambda _: ours(*fresh(LSTM))}
 
 
 def prompts(batch: int, seed: int) -> list[list[int]]:
   return np.random.default_rng(seed).integers(0, VOCAB_SIZE - 1, (batch, PROMPT_TOKENS)).tolist()
 
 
-def check_same(rivals: dict[str, Any]) -> None:
+def check_same(rivals: dict[str, Any], rows: int) -> None:
   """Ends the script where the two greedy continuations differ."""
-  rows = max(BATCHES)
   (_, mine), *others = (rivals[name](prompts(rows, 0), GREEDY_TOKENS, 0.0, 0) for name in rivals if name.startswith((OURS, THEIRS)))
   for _, other in others:
     wrong = [row for row in range(rows) if mine[row] != other[row]]
@@ -178,17 +202,17 @@ def check_same(rivals: dict[str, Any]) -> None:
   print(f'Greedy tokens are the same in both: {rows} rows of {GREEDY_TOKENS}, {kinds:.0f} different ones in a row.\n', flush=True)
 
 
-def compare(rivals: dict[str, Any], repeats: int) -> None:
+def compare(rivals: dict[str, Any], sizes: Sizes, repeats: int) -> None:
   print(f'| model | batch | tokens/s, median of {repeats} | least to most | times Hugging Face | least to most, by turn |')
   print('|---' * 6 + '|')
-  for batch in BATCHES:
+  for batch in sizes.batches:
     speeds: dict[str, list[float]] = {name: [] for name in rivals}
     for turn in range(-1, repeats):  # the first compiles and warms up
       for name, rival in rivals.items():
-        seconds, tokens = rival(prompts(batch, turn + 1), NEW_TOKENS, TEMPERATURE, turn + 1)
-        assert [len(row) for row in tokens] == [NEW_TOKENS] * batch, name
+        seconds, tokens = rival(prompts(batch, turn + 1), sizes.new_tokens, TEMPERATURE, turn + 1)
+        assert [len(row) for row in tokens] == [sizes.new_tokens] * batch, name
         if turn >= 0:
-          speeds[name].append(batch * NEW_TOKENS / seconds)
+          speeds[name].append(batch * sizes.new_tokens / seconds)
     best = max((speeds[name] for name in rivals if name.startswith(THEIRS)), key=statistics.median)
     for name, speed in speeds.items():
       cells = [name, f'{batch}', f'{statistics.median(speed):,.0f}', f'{min(speed):,.0f} to {max(speed):,.0f}']
@@ -199,8 +223,8 @@ def compare(rivals: dict[str, Any], repeats: int) -> None:
 
 def capacity(weights: str, repeats: int) -> None:
   """Microseconds a step, all rows together, by the cache's slots."""
-  model, values = same_gpt2(weights)
-  draws = {c: ours(*fresh(MODERN, 4 * c)) for c in CAPACITIES}
+  model, values = same_gpt2(SMALL, weights)
+  draws = {c: ours(*fresh(modern(SMALL), 4 * c)) for c in CAPACITIES}
   kinds = {
     'context of 4 times the slots, Transformer as by default': functools.partial(roomy_us, draws),
     'text and cache grow, GPT-2': functools.partial(growing_us, ours(model, values)),
@@ -209,7 +233,7 @@ def capacity(weights: str, repeats: int) -> None:
   print('\n| microseconds a step | batch | ' + ' | '.join(f'{c} slots' for c in CAPACITIES) + ' | most / least |')
   print('|---' * (len(CAPACITIES) + 3) + '|')
   for name, measure in kinds.items():
-    for batch in BATCHES:
+    for batch in SMALL.batches:
       times: dict[int, list[float]] = {c: [] for c in CAPACITIES}
       for turn in range(-1, repeats):
         for c in CAPACITIES:

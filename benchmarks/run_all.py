@@ -24,6 +24,7 @@ BENCHMARKS = (
   ('training_speed', [], ['--repeats=1']),
   *(('breakdown', [f'--setting={setting}'], ['--steps=2']) for setting in ('nanogpt_cpu', 'nanogpt_10m', 'lstm')),
   ('generate', [], ['--repeats=1']),
+  ('generate', ['--large'], ['--repeats=1']),
   ('first_step', [], ['--repeats=1']),
   ('time_to_quality', ['--text={text}'], ['--repeats=1']),
   ('lstm_quality', [], ['--minutes=0.5']),

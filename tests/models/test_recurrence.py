@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from textgen_jax import backend
-from textgen_jax.models import recurrence
+from textgen_jax.models import products, recurrence
 
 T, B, D = 7, 3, 5
 
@@ -62,8 +62,17 @@ def assert_all_close(actual, expected):
 every_mask = pytest.mark.parametrize('kinds', [*itertools.product([False, True], repeat=3)], ids=str)
 
 
+@pytest.fixture(params=[False, True], ids=['plain', 'by_columns'])
+def by_columns(request, monkeypatch):
+  """The product of each time, either way."""
+  monkeypatch.setattr(recurrence, 'FEWEST_STEPS_TURNED', T if request.param else T + 1)
+  monkeypatch.setattr(products, 'NARROWEST', 1)
+  monkeypatch.setattr(products, 'FEW', 1)
+  return request.param
+
+
 @every_mask
-def test_outputs_carry_and_every_gradient_are_the_textbook_s(kinds):
+def test_outputs_carry_and_every_gradient_are_the_textbook_s(kinds, by_columns):
   args, mask = inputs(), masks(*kinds)
   weights = np.random.default_rng(2).normal(size=(T + 2, B, D))
 
@@ -79,6 +88,7 @@ def test_outputs_carry_and_every_gradient_are_the_textbook_s(kinds):
   def both(args):
     return [jax.grad(functools.partial(total, loop), has_aux=True)(args) for loop in (recurrence.recur, reference)]
 
+  assert ('optimization_barrier' in both.lower(args).as_text()) == by_columns
   (slopes, outputs), (expected_slopes, expected) = both(args)
   assert_all_close(outputs, expected)
   assert_all_close(slopes, expected_slopes)
@@ -100,13 +110,14 @@ def test_a_gpu_s_loop_of_several_steps_a_turn_is_the_same(monkeypatch):
 
 
 @every_mask
-def test_without_a_gradient_it_is_a_scan_that_gives_every_carry(kinds):
+def test_without_a_gradient_it_is_a_scan_that_gives_every_carry(kinds, by_columns):
   args, mask = inputs(), masks(*kinds)
 
   @quick_jit
   def all_three(args):
     return textbook(*args, *mask), recurrence.scan(*args, *mask), recurrence.recur(*args, *mask)
 
+  assert ('optimization_barrier' in all_three.lower(args).as_text()) == by_columns
   (hidden_TBD, cell_TBD, last), scanned, recurred = all_three(args)
   assert_all_close(scanned, (last, (hidden_TBD, cell_TBD)))
   assert_all_close(recurred, (hidden_TBD, last))

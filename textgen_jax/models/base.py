@@ -37,6 +37,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from textgen_jax import trees
+from textgen_jax.models import products
 
 Cache = Any
 # What models call on activations. Over a mesh it also has `ways` and `split` (`sharding.MeshConstrain`).
@@ -81,6 +82,13 @@ def unconstrained(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
 def init_params(model: LanguageModel, key: jax.Array) -> Any:
   """Fresh parameters, boxed with the names of their axes."""
   return model.init(key, jnp.zeros((1, 2), jnp.int32), method='init_everything')['params']
+
+
+def step_in_loop(model: LanguageModel, params: Any, token_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+  """The logits that follow each row's token, [B, V], in the body of a loop over tokens."""
+  with products.loop_body():
+    hidden_BTD, cache = model.apply({'params': params}, token_B[:, None], cache=cache)
+    return model.apply({'params': params}, hidden_BTD, method='unembed')[:, 0], cache
 
 
 def reorder_cache(cache: Cache, rows_B: ArrayLike) -> Cache:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from textgen_jax import axes, backend
-from textgen_jax.models import base
+from textgen_jax.models import base, products
 
 Initializer = Callable[..., jax.Array]
 
@@ -20,27 +20,6 @@ RESIDUAL = (axes.BATCH, axes.TIME, None)  # logical axes of activations, [B, T, 
 def partitioned(init: Initializer, *names: str | None) -> Any:
   """An initializer whose parameter bears the names of its axes (`axes.py`)."""
   return nn.with_logical_partitioning(init, names)
-
-
-@jax.custom_vjp
-def product(x_ND: jax.Array, kernel_DF: jax.Array) -> jax.Array:
-  """`x @ kernel`, whose kernel's gradient is made in the kernel's own layout.
-
-  JAX makes it as [F, D] and transposes that; XLA's CPU backend then walks across memory in every pass of the optimizer.
-  """
-  return x_ND @ kernel_DF
-
-
-def _product_forward(x_ND: jax.Array, kernel_DF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return x_ND @ kernel_DF, (x_ND, kernel_DF)
-
-
-def _product_backward(saved: tuple[jax.Array, jax.Array], dy_NF: jax.Array) -> tuple[jax.Array, jax.Array]:
-  x_ND, kernel_DF = saved
-  return dy_NF @ kernel_DF.T, x_ND.T @ dy_NF
-
-
-product.defvjp(_product_forward, _product_backward)
 
 
 class Dense(nn.Module):
@@ -60,7 +39,7 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.param('kernel', partitioned(self.kernel_init, *self.names), (x.shape[-1], self.features))
-    y = product(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel.astype(self.dtype))
+    y = products.dense(x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel.astype(self.dtype))
     if self.use_bias:
       bias = self.param('bias', partitioned(nn.initializers.zeros, self.names[1]), (self.features,))
       y = y + bias.astype(self.dtype)
@@ -86,7 +65,9 @@ class Embed(nn.Module):
     return jnp.take(self.constrain(self.embedding, (self.axis, None)), ids, axis=0).astype(self.dtype)
 
   def attend(self, x: jax.Array) -> jax.Array:
-    y = x.reshape(-1, self.dim).astype(self.dtype) @ self.embedding.astype(self.dtype).T
+    x_ND, table_VD = x.reshape(-1, self.dim).astype(self.dtype), self.embedding.astype(self.dtype)
+    by_columns = products.in_loop() and products.are_few(len(x_ND), table_VD)
+    y = products.by_columns(x_ND, table_VD) if by_columns else x_ND @ table_VD.T
     return y.reshape(*x.shape[:-1], self.size)
 
 

@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax import struct
 
 from textgen_jax import axes
-from textgen_jax.models import base, layers, recurrence, recurrence_kernels
+from textgen_jax.models import base, layers, products, recurrence, recurrence_kernels
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -54,7 +54,7 @@ class Gates(nn.Module):
     init = layers.partitioned(nn.initializers.glorot_uniform(), axes.EMBED, axes.GATES)
     kernel = self.param('kernel', init, (self.dim, 4 * self.dim))
     bias_G = self.param('bias', layers.partitioned(nn.initializers.zeros, axes.GATES), (4 * self.dim,))
-    y = x.reshape(-1, self.dim).astype(self.dtype) @ kernel.astype(self.dtype)
+    y = products.dense(x.reshape(-1, self.dim).astype(self.dtype), kernel.astype(self.dtype))
     return y.reshape(*x.shape[:-1], 4 * self.dim), bias_G
 
 

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from textgen_jax import backend
+from textgen_jax.models import products
 
 Carry = tuple[jax.Array, jax.Array]  # hidden_BD and cell_BD, in float32
 
-FEWEST_STEPS_TURNED = 16  # for which the kernel is transposed, once a call
+FEWEST_STEPS_TURNED = 16  # for which the kernel is written out as its transpose, once a call
 STEPS_A_TURN_ON_GPU = 8  # which are launched together: two layers, 1,024 wide, 12.3 ms a step of training became 10.3 on an H200; 32: 11.8
 
 
@@ -81,7 +82,7 @@ def _forward(
 def _backward(residuals: Any, slopes: tuple[jax.Array, Carry]) -> Any:
   acts_TBG, hidden_TBD, cell_TBD, last_cell_BD, first_hidden_BD, kernel_DG, keep_BD, valid_TB, starts_TB = residuals
   slope_TBD, last_slopes = slopes
-  multiply = _multiplier(*slope_TBD.shape[:2], kernel_DG, transposed=True)
+  multiply = _multiplier(len(slope_TBD), slope_TBD.shape[1], kernel_DG, transposed=True)
 
   def step(state: tuple[Carry, jax.Array], inputs: Any) -> tuple[tuple[Carry, jax.Array], jax.Array]:
     (hidden_slope_BD, cell_slope_BD), after_BD = state
@@ -123,22 +124,13 @@ def _loop(step: Callable[..., Any], state: Any, inputs: Any, reverse: bool = Fal
 
 
 def _multiplier(time: int, batch: int, kernel_DG: jax.Array, transposed: bool = False) -> Callable[[jax.Array], jax.Array]:
-  """What multiplies each time's x, [B, ...], with the kernel or its transpose; in the kernel's type, and gives float32.
-
-  XLA's CPU backend takes 0.6 to 0.7 times as long for (W x^T)^T, [N, K] times [K, B], as for x W^T where few rows meet a large
-  kernel: a layer of 32 rows, 512 wide, forward and backward, 1.24 times as fast; of 50 rows, 128 wide, 0.94.
-  """
-  if backend.name() != 'cpu' or 4 * batch > len(kernel_DG) or time < FEWEST_STEPS_TURNED:
-    kernel_KN = kernel_DG.T if transposed else kernel_DG
-    return lambda x_BK: (x_BK.astype(kernel_KN.dtype) @ kernel_KN).astype(jnp.float32)
-  # Without the barriers XLA makes it x W again.
-  kernel_NK = kernel_DG if transposed else jax.lax.optimization_barrier(kernel_DG.T)
-
-  def multiply(x_BK: jax.Array) -> jax.Array:
-    product_NB = jnp.einsum('NK,BK->NB', kernel_NK, x_BK.astype(kernel_NK.dtype))
-    return jax.lax.optimization_barrier(product_NB).T.astype(jnp.float32)
-
-  return multiply
+  """What multiplies each time's x, [B, ...], with the kernel or its transpose; in the kernel's type, and gives float32."""
+  loops = products.in_loop() or time >= FEWEST_STEPS_TURNED
+  if loops and products.are_few(batch, kernel_DG):
+    kernel_NK = kernel_DG if transposed else products.turned(kernel_DG)
+    return lambda x_BK: products.by_columns(x_BK.astype(kernel_NK.dtype), kernel_NK).astype(jnp.float32)
+  kernel_KN = kernel_DG.T if transposed else kernel_DG
+  return lambda x_BK: (x_BK.astype(kernel_KN.dtype) @ kernel_KN).astype(jnp.float32)
 
 
 def _activate(

@@ -88,8 +88,7 @@ def prefill(model: base.LanguageModel, params: Any, cache: Any, tokens_BT: jax.A
 def step_model(model: base.LanguageModel, params: Any, rows: rows_lib.Rows, cache: Any) -> tuple[jax.Array, Any]:
   """Logits after each row's last token, [B, V], or [2 B, V] where guidance is used: the negative prompts' rows stand below."""
   token_B = rows.token_B if rows.negative_token_B is None else jnp.concatenate([rows.token_B, rows.negative_token_B])
-  hidden_BTD, cache = model.apply({'params': params}, token_B[:, None], cache=cache)
-  return model.apply({'params': params}, hidden_BTD, method='unembed')[:, 0], cache
+  return base.step_in_loop(model, params, token_B, cache)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'uses', 'size'), donate_argnames=('cache', 'rows'))
