@@ -9,8 +9,8 @@ where their tokens differ. Each contender has a process of its own that sleeps w
 torch runs with one thread and with all cores, and ratios are to the faster of the two: two threads that wait for each other at every
 operation are a little faster alone, and many times slower where another process takes a core away.
 
---large is GPT-2's smallest model but for its vocabulary, 85 M parameters in place of 0.8 M, beside Hugging Face's with all cores; capacity
-isn't measured of it.
+--large is GPT-2's smallest model but for its vocabulary, 85 M parameters in place of 0.8 M, beside Hugging Face's with all cores; its
+capacity isn't measured.
 
 Capacity is measured in three ways. By a model whose context is 4 C, through `generate`, for texts of 64 tokens: room that isn't used
 should cost nothing. Through `generate`, whose cache follows the text: C/2 tokens drawn after C/2, less the time of a call that draws
@@ -23,6 +23,7 @@ import functools
 import importlib.metadata
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -68,14 +69,13 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--repeats', type=int, default=7)
   parser.add_argument('--together', action='store_true', help='one process for all, where both libraries have their threads')
-  parser.add_argument('--large', action='store_true')
-  parser.add_argument('--torch_threads', type=int, nargs='+', help='a row each; leave out the second on a busy machine')
+  parser.add_argument('--large', action='store_true', help='85 M parameters')
+  parser.add_argument('--torch_threads', type=int, nargs='+', help='a row each: 1 and all cores, --large: all cores')
   parser.add_argument('--serve', nargs=2, metavar=('NAME', 'WEIGHTS'), help='for the script itself: time what stdin asks for')
   args = parser.parse_args()
   sizes = LARGE if args.large else SMALL
   args.torch_threads = args.torch_threads or ([CORES] if args.large else [1, CORES])
   if args.serve:
-    allocator.keep_memory()  # as sample.py does
     contenders.serve(makers(sizes, args.torch_threads)[args.serve[0]](args.serve[1]))
     return
   versions = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'jaxlib', 'torch', 'transformers'))
@@ -109,7 +109,7 @@ def write_weights(sizes: Sizes, path: str) -> None:
   with torch.no_grad():
     for name, param in model.named_parameters():
       if param.ndim > 1:
-        param.normal_(0.0, 0.2 * (SMALL.dim / sizes.dim) ** 0.5)
+        param.normal_(0.0, 0.2 * (SMALL.dim / sizes.dim) ** 0.5)  # larger ones make a chaos of rounding
       else:
         param.normal_(1.0 if name.endswith('weight') else 0.0, 0.1)
   np.savez(path, **{name: param.detach().numpy() for name, param in model.named_parameters()})  # the tied table once
@@ -280,12 +280,13 @@ def forced_us(model: Any, weights: Any, batch: int, size: int, seed: int) -> flo
 @functools.partial(jax.jit, static_argnames='model', donate_argnames='cache')
 def continue_greedily(model: Any, weights: Any, token_B: jax.Array, cache: Any, steps: int) -> tuple[jax.Array, Any]:
   def step(_: Any, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-    hidden_BTD, cache = model.apply({'params': weights}, carry[0][:, None], cache=carry[1])
-    logits_BTV = model.apply({'params': weights}, hidden_BTD, method='unembed')
-    return jnp.argmax(logits_BTV[:, 0], axis=-1).astype(jnp.int32), cache
+    logits_BV, cache = base.step_in_loop(model, weights, *carry, CAPACITIES[0])
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), cache
 
   return jax.lax.fori_loop(0, steps, step, (token_B, cache))
 
 
 if __name__ == '__main__':
+  if not any(arg.startswith(THEIRS) for arg in sys.argv):
+    allocator.keep_memory()  # as sample.py does
   main()

@@ -11,7 +11,7 @@ announce = launch.announce
 
 def linger(code, told):
   announce(code, told)
-  time.sleep(20 * ('--process_id=1' in sys.argv))
+  time.sleep(60 * ('--process_id=1' in sys.argv))
 
 
 if __name__ == '__main__':

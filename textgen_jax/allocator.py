@@ -20,9 +20,9 @@ def keep_memory() -> None:
   """Has malloc keep what is freed, on Linux with glibc and few cores, unless the user has settled malloc by its environment variables.
 
   XLA's CPU backend allocates each step's buffers anew. By default malloc returns them to the kernel, which then has every page to clear
-  and to map again in the next step: 1,157 ms a step became 966 (10.6 M parameters), and 173 tokens/s of 16 rows 244 (85 M). The price is
-  memory, of which blocks of many sizes leave parts unused: 3.0 GB where it was 1.3 (2.7 M parameters, Muon). To be called before any
-  thread is started: those that have allocated have an arena of their own, where large blocks never stay.
+  and to map again in the next step: 1,157 ms a step became 966 (10.6 M parameters), and 173 tokens/s of 16 rows became 244 (85 M). The
+  price is memory, of which blocks of many sizes leave parts unused: 3.0 GB where it was 1.3 (2.7 M parameters, Muon). To be called before
+  any thread is started: those that have allocated have an arena of their own, where large blocks never stay.
 
   Not where JAX will run on an accelerator, nor on many cores: XLA compiles in as many threads, and all would wait for the one arena. On
   16 cores beside an H200 a step that compiles in 20 s was not compiled after 70.

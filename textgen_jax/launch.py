@@ -28,7 +28,7 @@ LISTEN_MS = 3_600_000  # one question after another's end
 CALL_S = 1.0  # for the last words to the coordinator, which may be gone
 
 _joined = False  # by `join`: this process ends with the others
-_leaving: int | None = None  # with this exit code, which is settled
+_leaving: int | None = None  # the exit code, once the others are told
 # While it joins:
 _heard: meeting.Overheard | None = None
 _place: launch_flags.Place | None = None
@@ -135,10 +135,10 @@ def leave(code: int, told: str) -> None:
     return
   if code == 0:
     processes.meet()  # none has done its part while another could still fail
-  announce(code, told)
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError, AttributeError):
       stream.flush()
+  announce(code, told)
   os._exit(code)
 
 
@@ -233,7 +233,7 @@ def _catch_aborts() -> None:
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _on_abort(number: int) -> None:
   del number
-  if _leaving is not None:  # and the coordinator's process was the faster
+  if _leaving is not None:  # all is done and told: the coordinator's process was the faster
     os._exit(_leaving)
   words = _heard.stop() if _heard and not _joined else ''
   if _place and (told := meeting.why_refused(_place, words)):

@@ -1,4 +1,4 @@
-"""Products of few rows on CPU: the same numbers, and a kernel that is written out once for all turns of a loop."""
+"""Products of few rows on CPU: the same numbers, and a kernel that is transposed once for all turns of a loop."""
 
 import re
 
@@ -8,99 +8,113 @@ import numpy as np
 import pytest
 
 from textgen_jax import backend
-from textgen_jax.models import build, lstm, products, transformer
+from textgen_jax.models import base, build, lstm, products, transformer
 
-ROWS, K, N = 4, 320, 512
+ROWS, D, F = 4, 320, 512
+TURNS = products.MIN_TURNS
 VOCAB = 29
-
-
-@pytest.fixture
-def any_size(monkeypatch):
-  """Kernels of tests are small ones."""
-  monkeypatch.setattr(products, 'NARROWEST', 1)
-  monkeypatch.setattr(products, 'FEW', 1)
 
 
 def operands(rows=ROWS):
   rng = np.random.default_rng(0)
-  return jnp.asarray(rng.normal(size=(rows, K)), jnp.float32), jnp.asarray(rng.normal(size=(K, N)), jnp.float32)
+  return jnp.asarray(rng.normal(size=(rows, D)), jnp.float32), jnp.asarray(rng.normal(size=(D, F)), jnp.float32)
 
 
-def in_loop_body(function):
-  """Traced anew for each test: what is chosen while tracing isn't part of jit's key."""
+def within(turns, function):
+  """Traced anew each time: what is chosen while tracing isn't part of jit's key."""
 
   def call(*args):
-    with products.loop_body():
+    with products.loop_body(turns):
       return function(*args)
 
   return call
 
 
-def lowered(function, *args):
-  return jax.jit(function).lower(*args).as_text()
+def is_by_columns(function, *args):
+  return 'optimization_barrier' in jax.jit(function).lower(*args).as_text()
 
 
 def test_by_columns_is_the_product():
-  x_BK, kernel_KN = operands()
-  np.testing.assert_allclose(products.by_columns(x_BK, products.turned(kernel_KN)), x_BK @ kernel_KN, rtol=1e-5, atol=1e-4)
-  np.testing.assert_allclose(jax.jit(in_loop_body(products.dense))(x_BK, kernel_KN), x_BK @ kernel_KN, rtol=1e-5, atol=1e-4)
+  x_ND, kernel_DF = operands()
+  for found in (jax.jit(within(TURNS, products.dense))(x_ND, kernel_DF), jax.jit(products.dense_transposed)(x_ND, kernel_DF.T)):
+    np.testing.assert_allclose(found, x_ND @ kernel_DF, rtol=1e-5, atol=1e-4)
 
 
-def test_it_is_taken_on_cpu_for_few_rows_and_large_kernels_within_loops():
-  dense = in_loop_body(products.dense)
+def test_its_gradients_are_the_product_s():
+  def slopes(multiply):
+    return jax.jit(jax.grad(lambda *args: jnp.sin(multiply(*args)).sum(), argnums=(0, 1)))(*args)
 
-  def is_turned(function, rows, kernel):
-    return 'optimization_barrier' in lowered(function, jnp.zeros((rows, len(kernel))), kernel)
+  x_ND, kernel_DF = args = operands()
+  args = x_ND, kernel_DF.T
+  found, expected = slopes(lambda *args: products.dense_transposed(*args)), slopes(lambda x_ND, kernel_FD: x_ND @ kernel_FD.T)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3), found, expected)
 
-  _, kernel_KN = operands()
-  assert is_turned(dense, ROWS, kernel_KN)
-  assert not is_turned(products.dense, ROWS, kernel_KN)  # no loop
-  assert not is_turned(dense, 1, kernel_KN)
-  assert is_turned(dense, K // products.FEW, kernel_KN)
-  assert not is_turned(dense, K // products.FEW + 1, kernel_KN)
-  assert not is_turned(dense, ROWS, kernel_KN[: products.NARROWEST - 1])
+
+def test_it_is_taken_on_cpu_for_few_rows_and_large_kernels():
+  def found(rows, kernel_DF, turns=TURNS):
+    x_ND = jnp.zeros((rows, len(kernel_DF)))
+    stored = is_by_columns(lambda x_ND: products.dense_transposed(x_ND, kernel_DF.T), x_ND)
+    return is_by_columns(within(turns, products.dense), x_ND, kernel_DF), stored
+
+  _, kernel_DF = operands()
+  most = D // products.SIDE_PER_ROW
+  assert found(ROWS, kernel_DF) == found(most, kernel_DF) == (True, True)
+  assert found(ROWS, kernel_DF, turns=TURNS - 1) == (False, True)  # only the one has something to transpose
+  assert found(1, kernel_DF) == found(most + 1, kernel_DF) == found(ROWS, kernel_DF[: products.MIN_SIDE - 1]) == (False, False)
   with backend.target('gpu'):
-    assert not is_turned(lambda *args: dense(*args), ROWS, kernel_KN)
+    assert found(ROWS, kernel_DF) == (False, False)
 
 
-def test_a_kernel_is_written_out_before_the_loop():
+def test_a_kernel_is_transposed_before_the_loop():
   """XLA's part of the bargain: within it, each turn would take several times as long as by the plain product."""
+  model = build.build(lstm.LSTMConfig(dim=D, num_layers=1, tied_embedding=False, compute_dtype='float32'), VOCAB, 8)
+  params = jax.eval_shape(lambda: base.init_params(model, jax.random.key(0)))
 
-  def run(x_BK, kernel_KN):
-    def turn(_, x_BK):
-      with products.loop_body():
-        return jnp.tanh(products.dense(x_BK, kernel_KN))[:, :K]
+  def run(params, token_B):
+    def turn(_, carry):
+      logits_BV, cache = base.step_in_loop(model, params, *carry, TURNS)
+      return logits_BV.argmax(-1).astype(jnp.int32), cache
 
-    return jax.lax.fori_loop(0, 10, turn, x_BK)
+    return jax.lax.fori_loop(0, TURNS, turn, (token_B, model.init_cache(ROWS, 0)))
 
-  text = jax.jit(run).lower(*operands()).compile().as_text()
+  text = jax.jit(run).lower(params, jnp.zeros(ROWS, jnp.int32)).compile().as_text()
   (body,) = re.findall(r'while\(.*body=%([\w.]+)', text)
   inside = text[text.index(f'%{body} (') :].split('\n}')[0]
-  assert f'f32[{N},{K}]' in inside  # the loop has it
-  assert not re.findall(rf'= f32\[(?:{N},{K}|{K},{N})\]\S* (?!get-tuple-element|parameter)\w+', inside)  # and doesn't make it
-  assert re.findall(rf'= f32\[{N},{K}\]\S* (?:copy|transpose|fusion)', text)
+  assert f'f32[{4 * D},{D}]' in inside  # the loop has it
+  assert not re.findall(rf'= f32\[(?:{4 * D},{D}|{D},{4 * D})\]\S* (?!get-tuple-element|parameter)\w+', inside)  # and doesn't make it
 
 
 CONFIGS = {
   'tied': transformer.TransformerConfig(dim=16, num_layers=2, num_heads=4, tied_embedding=True, bias=True, compute_dtype='float32'),
-  'untied': transformer.TransformerConfig(dim=16, num_layers=1, num_heads=4, activation='swiglu', compute_dtype='float32'),
+  'untied': transformer.TransformerConfig(dim=16, num_layers=1, num_heads=4, activation='swiglu', compute_dtype='bfloat16'),
   'lstm': lstm.LSTMConfig(dim=12, num_layers=2, compute_dtype='float32'),
-  'lstm_untied': lstm.LSTMConfig(dim=12, num_layers=1, tied_embedding=False, compute_dtype='float32'),
+  'lstm_untied': lstm.LSTMConfig(dim=12, num_layers=1, tied_embedding=False, compute_dtype='bfloat16'),
 }
 
 
 @pytest.mark.parametrize('config', CONFIGS.values(), ids=CONFIGS)
-def test_a_step_of_a_model_within_a_loop_is_the_step(config, random_params, any_size):
+def test_a_step_of_a_model_within_a_loop_is_the_step(config, random_params, monkeypatch):
   model = build.build(config, VOCAB, 8)
   params = random_params(model)
 
-  def steps(params):
+  def steps(params, turns):
     cache, logits = model.init_cache(3, 8), []
-    for tokens_BT in np.random.default_rng(0).integers(0, VOCAB, (4, 3, 1)):
-      hidden_BTD, cache = model.apply({'params': params}, tokens_BT, cache)
-      logits.append(model.apply({'params': params}, hidden_BTD, method='unembed'))
+    for token_B in np.random.default_rng(0).integers(0, VOCAB, (4, 3)):
+      logits_BV, cache = base.step_in_loop(model, params, token_B, cache, turns)
+      logits.append(logits_BV)
     return jnp.stack(logits), cache
 
-  assert 'optimization_barrier' in lowered(in_loop_body(steps), params)
-  found, expected = jax.jit(in_loop_body(steps))(params), jax.jit(steps)(params)
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), found, expected)
+  expected = jax.jit(lambda params: steps(params, 1))(params)
+  assert not is_by_columns(lambda params: steps(params, 1), params)
+  monkeypatch.setattr(products, 'MIN_SIDE', 1)
+  monkeypatch.setattr(products, 'SIDE_PER_ROW', 1)
+  found = jax.jit(lambda params: steps(params, TURNS))(params)
+  assert is_by_columns(lambda params: steps(params, TURNS), params)
+  tolerance = 1e-5 if config.compute_dtype == 'float32' else 0.05
+
+  def assert_close(x, y):
+    x, y = (np.asarray(z, np.float32) for z in (x, y))
+    assert (np.isfinite(x) == np.isfinite(y)).all()
+    np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * np.abs(y[np.isfinite(y)]).max())
+
+  jax.tree.map(assert_close, found, expected)

@@ -65,9 +65,10 @@ every_mask = pytest.mark.parametrize('kinds', [*itertools.product([False, True],
 @pytest.fixture(params=[False, True], ids=['plain', 'by_columns'])
 def by_columns(request, monkeypatch):
   """The product of each time, either way."""
-  monkeypatch.setattr(recurrence, 'FEWEST_STEPS_TURNED', T if request.param else T + 1)
-  monkeypatch.setattr(products, 'NARROWEST', 1)
-  monkeypatch.setattr(products, 'FEW', 1)
+  if request.param:
+    monkeypatch.setattr(products, 'MIN_SIDE', 1)
+    monkeypatch.setattr(products, 'SIDE_PER_ROW', 1)
+    monkeypatch.setattr(products, 'MIN_TURNS', T)
   return request.param
 
 
@@ -137,7 +138,7 @@ def test_what_is_kept_for_the_backward_pass_takes_the_input_s_place():
   assert not [line for line in made.as_text().splitlines() if f'f32[{time},{batch},{4 * dim}]' in line and ' copy(' in line]
 
 
-def test_gradients_in_bfloat16_are_near_and_in_the_arguments_types():
+def test_gradients_in_bfloat16_are_near_and_in_the_arguments_types(by_columns):
   args, mask = inputs(), masks(True, True, True)
   small = args[0].astype(jnp.bfloat16), args[1], args[2].astype(jnp.bfloat16), args[3]
 

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from textgen_jax import errors
-from textgen_jax.models import build, lstm, transformer
+from textgen_jax.models import build, lstm, products, transformer
 from textgen_jax.sampling import batch, decode, generate, params, reader, sampler
 from textgen_jax.sampling import history as history_lib
 from textgen_jax.sampling import knobs as knobs_lib
@@ -262,6 +262,18 @@ def test_no_prompts_no_completions():
   assert subject('lstm').generate([], []) == []
 
 
+def test_long_texts_are_drawn_in_a_loop_that_knows_it(monkeypatch):
+  """Kernels are transposed for it; for a few tokens that would take longer than it saves."""
+  seen, real = [], products.by_columns
+  monkeypatch.setattr(products, 'by_columns', lambda *args: seen.append(args) or real(*args))
+  monkeypatch.setattr(products, 'MIN_SIDE', 1)
+  monkeypatch.setattr(products, 'SIDE_PER_ROW', 1)
+  one = Subject(transformer.TransformerConfig(dim=24, num_layers=1, num_heads=2))  # of sizes that no other test has compiled
+  short, long = (one.generate(['abc', 'k'], Settings(max_new_tokens=n, temperature=0.0)) for n in (knobs_lib.SHORT - 1, knobs_lib.SHORT))
+  assert [made.tokens[: knobs_lib.SHORT - 1] for made in long] == [made.tokens for made in short]
+  assert len(seen) == 7  # queries, keys, values, attention's output, up, down, logits: of the long texts alone
+
+
 @pytest.mark.parametrize('error', [None, KeyboardInterrupt, errors.NoGoodCheckpoint])
 def test_rows_in_threads_end_together(error, monkeypatch):
   """As many rows as fill several threads give what one thread gives; what ends one of them ends all."""
@@ -281,6 +293,9 @@ def test_rows_in_threads_end_together(error, monkeypatch):
   if error is None:
     assert one.generate(['abc'], settings) == alone
     assert len(set(map(id, draws))) == 2
+    monkeypatch.setattr(generate, 'MOST_BYTES_IN_LANES', 0)
+    assert one.generate(['abc'], settings) == alone
+    assert len(set(map(id, draws))) == 3  # a large model has one thread
     return
   with pytest.raises(error):
     one.generate(['abc'], settings)

@@ -84,9 +84,9 @@ def init_params(model: LanguageModel, key: jax.Array) -> Any:
   return model.init(key, jnp.zeros((1, 2), jnp.int32), method='init_everything')['params']
 
 
-def step_in_loop(model: LanguageModel, params: Any, token_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-  """The logits that follow each row's token, [B, V], in the body of a loop over tokens."""
-  with products.loop_body():
+def step_in_loop(model: LanguageModel, params: Any, token_B: jax.Array, cache: Cache, turns: int) -> tuple[jax.Array, Cache]:
+  """The logits that follow each row's token, [B, V], in the body of a loop of about so many turns."""
+  with products.loop_body(turns):
     hidden_BTD, cache = model.apply({'params': params}, token_B[:, None], cache=cache)
     return model.apply({'params': params}, hidden_BTD, method='unembed')[:, 0], cache
 

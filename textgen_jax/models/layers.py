@@ -65,9 +65,7 @@ class Embed(nn.Module):
     return jnp.take(self.constrain(self.embedding, (self.axis, None)), ids, axis=0).astype(self.dtype)
 
   def attend(self, x: jax.Array) -> jax.Array:
-    x_ND, table_VD = x.reshape(-1, self.dim).astype(self.dtype), self.embedding.astype(self.dtype)
-    by_columns = products.in_loop() and products.are_few(len(x_ND), table_VD)
-    y = products.by_columns(x_ND, table_VD) if by_columns else x_ND @ table_VD.T
+    y = products.dense_transposed(x.reshape(-1, self.dim).astype(self.dtype), self.embedding.astype(self.dtype))
     return y.reshape(*x.shape[:-1], self.size)
 
 

@@ -16,7 +16,6 @@ from textgen_jax.models import products
 
 Carry = tuple[jax.Array, jax.Array]  # hidden_BD and cell_BD, in float32
 
-FEWEST_STEPS_TURNED = 16  # for which the kernel is written out as its transpose, once a call
 STEPS_A_TURN_ON_GPU = 8  # which are launched together: two layers, 1,024 wide, 12.3 ms a step of training became 10.3 on an H200; 32: 11.8
 
 
@@ -32,12 +31,12 @@ def scan(
     valid_TB: bool. None: all are valid.
     starts_TB: bool. None: none starts.
   """
-  multiply = _multiplier(len(gates_TBG), len(carry[0]), kernel_DG)
+  multiply = products.multiplier(kernel_DG, len(carry[0]), turns=len(gates_TBG))
 
   def step(carry: Carry, inputs: Any) -> tuple[Carry, Carry]:
     gates_BG, valid_B, starts_B = inputs
     before = _restart(carry, starts_B)
-    acts_BG = _activate(gates_BG, bias_G, multiply, before[0], keep_BD)
+    acts_BG = _activate(gates_BG, bias_G, multiply(_seen(before[0], keep_BD, kernel_DG.dtype)))
     carry = _hold(valid_B, carry, _advance(acts_BG, before[1]))
     return carry, carry
 
@@ -61,14 +60,14 @@ def recur(
 def _forward(
   gates_TBG: jax.Array, bias_G: jax.Array, kernel_DG: jax.Array, carry: Carry, keep_BD: Any, valid_TB: Any, starts_TB: Any
 ) -> tuple[tuple[jax.Array, Carry], Any]:
-  multiply = _multiplier(len(gates_TBG), len(carry[0]), kernel_DG)
+  multiply = products.multiplier(kernel_DG, len(carry[0]), turns=len(gates_TBG))
 
   def step(state: tuple[Carry, jax.Array], inputs: Any) -> tuple[tuple[Carry, jax.Array], Any]:
     carry, acts_TBG = state
     time, valid_B, starts_B = inputs
     before = _restart(carry, starts_B)
     gates_BG = jax.lax.dynamic_index_in_dim(acts_TBG, time, keepdims=False)
-    acts_BG = _activate(gates_BG, bias_G, multiply, before[0], keep_BD)
+    acts_BG = _activate(gates_BG, bias_G, multiply(_seen(before[0], keep_BD, kernel_DG.dtype)))
     acts_TBG = jax.lax.dynamic_update_index_in_dim(acts_TBG, acts_BG, time, 0)
     cell_BD = carry[1]
     carry = _hold(valid_B, carry, _advance(acts_BG, before[1]))
@@ -82,7 +81,7 @@ def _forward(
 def _backward(residuals: Any, slopes: tuple[jax.Array, Carry]) -> Any:
   acts_TBG, hidden_TBD, cell_TBD, last_cell_BD, first_hidden_BD, kernel_DG, keep_BD, valid_TB, starts_TB = residuals
   slope_TBD, last_slopes = slopes
-  multiply = _multiplier(len(slope_TBD), slope_TBD.shape[1], kernel_DG, transposed=True)
+  multiply = products.transposed_multiplier(kernel_DG, slope_TBD.shape[1])
 
   def step(state: tuple[Carry, jax.Array], inputs: Any) -> tuple[tuple[Carry, jax.Array], jax.Array]:
     (hidden_slope_BD, cell_slope_BD), after_BD = state
@@ -92,7 +91,7 @@ def _backward(residuals: Any, slopes: tuple[jax.Array, Carry]) -> Any:
     gates_slope_BG, before_cell_slope_BD = _retreat(acts_BG, before_BD, jnp.tanh(after_BD), after)
     if valid_B is not None:
       gates_slope_BG = jnp.where(valid_B[:, None], gates_slope_BG, 0)
-    seen_slope_BD = multiply(gates_slope_BG)
+    seen_slope_BD = multiply(gates_slope_BG.astype(kernel_DG.dtype)).astype(jnp.float32)
     before_hidden_slope_BD = seen_slope_BD if keep_BD is None else seen_slope_BD * keep_BD
     before = _hold(valid_B, after, _restart((before_hidden_slope_BD, before_cell_slope_BD), starts_B))
     return (before, cell_BD), gates_slope_BG
@@ -123,24 +122,15 @@ def _loop(step: Callable[..., Any], state: Any, inputs: Any, reverse: bool = Fal
   return jax.lax.scan(step, state, inputs, reverse=reverse, unroll=STEPS_A_TURN_ON_GPU if backend.name() == 'gpu' else 1)
 
 
-def _multiplier(time: int, batch: int, kernel_DG: jax.Array, transposed: bool = False) -> Callable[[jax.Array], jax.Array]:
-  """What multiplies each time's x, [B, ...], with the kernel or its transpose; in the kernel's type, and gives float32."""
-  loops = products.in_loop() or time >= FEWEST_STEPS_TURNED
-  if loops and products.are_few(batch, kernel_DG):
-    kernel_NK = kernel_DG if transposed else products.turned(kernel_DG)
-    return lambda x_BK: products.by_columns(x_BK.astype(kernel_NK.dtype), kernel_NK).astype(jnp.float32)
-  kernel_KN = kernel_DG.T if transposed else kernel_DG
-  return lambda x_BK: (x_BK.astype(kernel_KN.dtype) @ kernel_KN).astype(jnp.float32)
+def _seen(hidden_BD: jax.Array, keep_BD: Any, dtype: Any) -> jax.Array:
+  return (hidden_BD if keep_BD is None else hidden_BD * keep_BD).astype(dtype)
 
 
-def _activate(
-  gates_BG: jax.Array, bias_G: jax.Array, multiply: Callable[[jax.Array], jax.Array], hidden_BD: jax.Array, keep_BD: Any
-) -> jax.Array:
+def _activate(gates_BG: jax.Array, bias_G: jax.Array, product_BG: jax.Array) -> jax.Array:
   """Sigmoids of three gates, tanh of the cell's."""
-  product_BG = multiply(hidden_BD if keep_BD is None else hidden_BD * keep_BD)
   # sigmoid(x) = (1 + tanh(x / 2)) / 2, so that one loop does all four: XLA makes one of each otherwise.
   scale_G = jnp.where(_is_cell(gates_BG), 1.0, 0.5)
-  return jnp.tanh((gates_BG.astype(jnp.float32) + bias_G + product_BG) * scale_G) * scale_G + (1 - scale_G)
+  return jnp.tanh((gates_BG.astype(jnp.float32) + bias_G + product_BG.astype(jnp.float32)) * scale_G) * scale_G + (1 - scale_G)
 
 
 def _advance(acts_BG: jax.Array, cell_BD: jax.Array) -> Carry:

@@ -131,7 +131,7 @@ def extend(
 
   def body(carry: Any) -> Any:
     i, cache, beams, sound_N = carry
-    logits_NV, cache = decode.step_model(model, params, beams.rows, cache)
+    logits_NV, cache = decode.step_model(model, params, beams.rows, cache, uses)
     adjusted_NV = decode.adjust(logits_NV, beams.rows.history, beams.rows.knobs, uses, table)
     alive_N = beams.rows.log_prob_B > DEAD
     sound_N = sound_N & (decode.is_sound(logits_NV[: alive_N.size], adjusted_NV, uses) | ~alive_N | jnp.repeat(beams.finished_B, size))

@@ -85,10 +85,10 @@ def prefill(model: base.LanguageModel, params: Any, cache: Any, tokens_BT: jax.A
   return model.apply({'params': params}, tokens_BT, cache=cache, valid_BT=valid_BT)[1]
 
 
-def step_model(model: base.LanguageModel, params: Any, rows: rows_lib.Rows, cache: Any) -> tuple[jax.Array, Any]:
+def step_model(model: base.LanguageModel, params: Any, rows: rows_lib.Rows, cache: Any, uses: knobs_lib.Uses) -> tuple[jax.Array, Any]:
   """Logits after each row's last token, [B, V], or [2 B, V] where guidance is used: the negative prompts' rows stand below."""
   token_B = rows.token_B if rows.negative_token_B is None else jnp.concatenate([rows.token_B, rows.negative_token_B])
-  return base.step_in_loop(model, params, token_B, cache)
+  return base.step_in_loop(model, params, token_B, cache, 1 if uses.short else knobs_lib.SHORT)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'uses', 'size'), donate_argnames=('cache', 'rows'))
@@ -117,7 +117,7 @@ def decode(
 
   def body(carry: Any) -> Any:
     i, cache, rows, trace, sound_B = carry
-    logits_BV, cache = step_model(model, params, rows, cache)
+    logits_BV, cache = step_model(model, params, rows, cache, uses)
     uniform_B = None if uniform_BT is None else jax.lax.dynamic_index_in_dim(uniform_BT, i, axis=1, keepdims=False)
     adjusted_BV = adjust(logits_BV, rows.history, rows.knobs, uses, table)
     token_B, narrowed_BV = next_token(adjusted_BV, uniform_B, rows.knobs, uses)

@@ -14,6 +14,8 @@ from textgen_jax.sampling import params as params_lib
 
 Transform = Callable[[jax.Array, history_lib.History], jax.Array]
 
+SHORT = 16  # tokens, from which on a model may prepare its parameters for a loop (`base.step_in_loop`)
+
 
 class Vocab(NamedTuple):
   """What sampling needs to know of a vocabulary."""
@@ -52,6 +54,7 @@ class Uses(NamedTuple):
   constraint: bool
   log_probs: bool
   alternatives: int
+  short: bool  # no row may have as many as SHORT tokens
   extra: tuple[Transform, ...] = ()  # the caller's own, after the bans
 
   @classmethod
@@ -68,6 +71,7 @@ class Uses(NamedTuple):
       constraint=any(map(constraint.wanted, rows)),
       log_probs=any(row.log_probs or row.alternatives or row.best_of or np.isfinite(row.min_log_prob) for row in rows),
       alternatives=max((row.alternatives for row in rows), default=0),
+      short=all(row.max_new_tokens < SHORT for row in rows),
       extra=tuple(extra),
     )
 

@@ -142,8 +142,7 @@ def play_round(
 
   def guess(carry: Any, uniform: jax.Array) -> Any:
     token_B, cache, history = carry
-    hidden_BTD, cache = draft_model.apply({'params': draft_params}, token_B[:, None], cache=cache)
-    logits_BV = draft_model.apply({'params': draft_params}, hidden_BTD, method='unembed')[:, 0]
+    logits_BV, cache = base.step_in_loop(draft_model, draft_params, token_B, cache, len(chances.draw) - 1)
     adjusted_BV = decode_lib.adjust(_widen(logits_BV, row.knobs.ends_BV.shape[1]), history, row.knobs, uses, table)
     token_B, narrowed_BV = decode_lib.next_token(adjusted_BV, uniform[None], row.knobs, uses)
     return (token_B, cache, rows_lib.follow(history, token_B, uses, table)), (token_B, narrowed_BV, history)
