@@ -329,7 +329,7 @@ def test_an_unknown_character_is_an_error():
   ('name', 'settings', 'changes'),
   [
     ('rotary', DRAWN, [{'temperature': 0.1}, {'seed': 99}, {'max_new_tokens': 41}, {'stop': ('a',)}]),
-    ('lstm', FILTERED, [{'temperature': 0.1}, {'top_k': 7}, {'top_p': 0.2}, {'min_p': 0.5}, {'max_new_tokens': 9}]),
+    ('lstm', FILTERED, [{'temperature': 0.1}, {'top_k': 7}, {'top_p': 0.2}, {'min_p': 0.5}, {'max_new_tokens': knobs_lib.SHORT}]),
   ],
 )
 def test_turning_a_knob_compiles_nothing(name, settings, changes):
