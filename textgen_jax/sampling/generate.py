@@ -113,9 +113,9 @@ def _lanes(model: base.LanguageModel, params: Any, rows: int) -> int:
   """In how many threads rows are drawn.
 
   On CPU one core reads a batch's keys and values, and the others wait: with two threads on two cores 16 rows of a small GPT-2 took 0.59
-  of the time. An LSTM has none, and its products take all cores: there two threads took 1.06. Of 4 layers, 256
-  wide (13 MB of parameters), two threads took 0.75 of the time, of 6 layers, 512 wide (75 MB), 1.12. Programs over several devices wait for
-  each other's collectives, and would wait for ever in two threads.
+  of the time. An LSTM has none, and its products take all cores: there two threads took 1.06. Of 4 layers, 256 wide (13 MB of
+  parameters), two threads took 0.75 of the time, of 6 layers, 512 wide (75 MB), 1.12. Programs over several devices wait for each other's
+  collectives, and would wait for ever in two threads.
   """
   devices = {device for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) for device in leaf.devices()}
   if jax.default_backend() != 'cpu' or model.window is None or len(devices) > 1:

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from textgen_jax.models import base
 from textgen_jax.sampling import constraint
 from textgen_jax.sampling import history as history_lib
 from textgen_jax.sampling import params as params_lib
 
 Transform = Callable[[jax.Array, history_lib.History], jax.Array]
 
-SHORT = 16  # tokens, from which on a model may prepare its parameters for a loop (`base.step_in_loop`)
+SHORT = base.MIN_TURNS  # tokens
 
 
 class Vocab(NamedTuple):
