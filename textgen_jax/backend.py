@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -39,6 +40,17 @@ def compute_capability() -> float:
   """Of the GPUs, which are NVIDIA's."""
   target = _target.get()
   return target.compute_capability if target else float(jax.local_devices()[0].compute_capability)
+
+
+@functools.cache
+def cpu_multiplies_bfloat16(path: str = '/proc/cpuinfo') -> bool:
+  """Whether this machine's CPU has instructions for it: AVX-512's, or AMX's. What can't be found out is no."""
+  try:
+    with open(path) as file:
+      flags = next((line.split() for line in file if line.startswith('flags')), [])
+  except OSError:
+    return False
+  return not {'avx512_bf16', 'amx_bf16'}.isdisjoint(flags)
 
 
 def is_here() -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from textgen_jax import errors
 from textgen_jax import sharding as sharding_lib
 from textgen_jax.data import corpora, windows
-from textgen_jax.models import build
+from textgen_jax.models import build, products
 from textgen_jax.text import base as text_base
 from textgen_jax.text import build as text_build
 from textgen_jax.training import health
@@ -27,6 +27,7 @@ class TrainingConfig:
   reset_probability: float = 0.03  # contiguous windows only: that a row's state begins anew with a batch, as in generation
   mask_documents: bool = False  # no document sees what stands before it in its row: attention stops, carried states begin anew
   accumulation_steps: int = 1  # micro-batches that a batch is split into, by rows
+  product_dtype: str = 'float32'  # float32 | bfloat16 | auto (bfloat16 on CPUs that multiply it): what float32 is rounded to for products
   steps_per_dispatch: int = 1  # at most, in one compiled call: more where a call takes longer than a step; best a divisor of all intervals
   log_every_steps: int = 10
   eval_every_steps: int = 500  # 0: only at the end
@@ -69,7 +70,7 @@ MAY_CHANGE = frozenset(
   + [f'data.{name}' for name in ('corpus', 'path', 'field', 'mixture', 'val_fraction')]
   + [f'training.{name}_every_steps' for name in ('log', 'eval', 'checkpoint', 'sample', 'keep')]
   + [f'training.{name}' for name in ('eval_batch_size', 'sample_prompt', 'sample_temperatures', 'sample_tokens')]
-  + ['training.steps_per_dispatch']
+  + ['training.steps_per_dispatch', 'training.product_dtype']
   + [f'training.{name}' for name in ('max_skipped_steps', 'spike_policy', 'spike_deviations', 'rollback_steps')]
   + ['sharding.data', 'sharding.fsdp', 'sharding.tensor', 'sharding.cpu_devices', 'sharding.rules']
   + ['model.attention_kernel', 'model.recurrence_kernel', 'model.remat', 'model.scan_layers']
@@ -110,6 +111,7 @@ def _check_training(config: TrainingConfig) -> None:
       raise errors.UserError(f'training.{field.name}={value} is below {lowest.get(field.name, 1)}')
   if config.eval_max_tokens == 1:
     raise errors.UserError('training.eval_max_tokens=1 leaves nothing to predict: at least 2, or 0 for the whole split')
+  products.operand_dtype(config.product_dtype, 'cpu')
   if config.batch_size % config.accumulation_steps:
     raise errors.UserError(
       f"training.batch_size={config.batch_size} isn't divisible by training.accumulation_steps={config.accumulation_steps}"

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from textgen_jax import errors, sharding
 from textgen_jax import experiment as experiment_lib
-from textgen_jax.models import build
+from textgen_jax.models import build, products
 from textgen_jax.training import optimizer, state, step
 
 
@@ -36,6 +36,7 @@ class Program:
     e, c = experiment, experiment.training
     check_rows(e, mesh)
     self.experiment, self.mesh, self.hook = e, mesh, hook
+    self.product_dtype = products.operand_dtype(c.product_dtype)
     self.row_ways = sharding.batch_divisor(e.sharding, mesh)
     self.model = build.build(e.model, vocab_size, c.sequence_length, sharding.make_constrain(e.sharding, mesh))
     build.check_kernel(self.model, c.sequence_length, c.mask_documents)
@@ -49,7 +50,7 @@ class Program:
     deviations = math.inf if c.spike_policy == 'none' else c.spike_deviations
     schedule = optimizer.make_schedule(e.optimizer)
     self.train_step = step.make_train_step(
-      self.model, self.tx, schedule, c.accumulation_steps, hook, deviations, average, self.row_ways
+      self.model, self.tx, schedule, c.accumulation_steps, hook, deviations, average, self.row_ways, self.product_dtype
     )
     dispatch = self.train_step if c.steps_per_dispatch == 1 else step.make_dispatch(self.train_step, c.steps_per_dispatch)
     self.step = jax.jit(dispatch, donate_argnums=0, out_shardings=(self.shardings, None))

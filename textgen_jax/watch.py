@@ -19,7 +19,7 @@ class Watch:
   def __init__(self, parts: assembly.Parts):
     self.parts, self.config = parts, parts.experiment.training
     self.jumps = health.jumps_from((parts.stored or {}).get('data_jumps'))
-    self._diagnose = diagnose.make_diagnose(parts.model, parts.hook, self.config.accumulation_steps)
+    self._diagnose = diagnose.make_diagnose(parts.model, parts.hook, self.config.accumulation_steps, parts.product_dtype)
     self._diagnoses = 0
     self._spiked = self._spike_step = self._rollbacks = 0
 

@@ -8,12 +8,15 @@ while the loop runs, as much memory as the kernel: it is done before loops over 
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import layout
 
-from textgen_jax import backend
+from textgen_jax import backend, errors
 
 MIN_SIDE = 256  # of a kernel; smaller ones are packed in no time: 16 rows times 128 x 512 run at 39 GFLOP/s for 38
 MIN_ROWS = 2  # a model 256 wide draws one row at 724 tokens/s by the plain product, and at 559 by the other
@@ -22,7 +25,37 @@ MIN_TURNS = 16  # of a loop; 4 rows times 768 x 3,072 and back, eight times over
 
 Product = Callable[[jax.Array], jax.Array]  # of x_ND, [N, F]
 
+OPERAND_DTYPES = ('auto', 'float32', 'bfloat16')
+
 _turns: contextvars.ContextVar[int] = contextvars.ContextVar('turns', default=1)
+_operands: contextvars.ContextVar[str] = contextvars.ContextVar('operands', default='float32')
+
+
+def operand_dtype(name: str, platform: str = '') -> str:
+  """'auto' is bfloat16 on CPUs that multiply it, where its products took half as long, and else float32; raises UserError.
+
+  Args:
+    name: one of OPERAND_DTYPES.
+    platform: what the program is for; empty: what `backend` says, which starts JAX.
+  """
+  if name not in OPERAND_DTYPES:
+    raise errors.not_among('training.product_dtype', name, OPERAND_DTYPES)
+  if name != 'auto':
+    return name
+  return 'bfloat16' if (platform or backend.name()) == 'cpu' and backend.cpu_multiplies_bfloat16() else 'float32'
+
+
+@contextlib.contextmanager
+def operands(dtype: str) -> Iterator[None]:
+  """What is traced within rounds to this type what it multiplies, of float32, with kernels; sums and results are float32 still.
+
+  The gradients' products do the same. What was jitted and called before doesn't see it.
+  """
+  token = _operands.set(dtype)
+  try:
+    yield
+  finally:
+    _operands.reset(token)
 
 
 @contextlib.contextmanager
@@ -46,7 +79,8 @@ def is_faster_by_columns(rows: int, kernel: jax.Array) -> bool:
 
 def by_columns(x_ND: jax.Array, kernel_FD: jax.Array) -> jax.Array:
   """`x_ND @ kernel_FD.T`. Without the barrier XLA would make it that again."""
-  return jax.lax.optimization_barrier(jnp.einsum('FD,ND->FN', kernel_FD, x_ND)).T
+  y_FN = jnp.einsum('FD,ND->FN', kernel_FD, _rounded(x_ND, kernel_FD.dtype), preferred_element_type=x_ND.dtype)
+  return jax.lax.optimization_barrier(y_FN).T
 
 
 def dense(x_ND: jax.Array, kernel_DF: jax.Array) -> jax.Array:
@@ -62,35 +96,98 @@ def dense_transposed(x_ND: jax.Array, kernel_FD: jax.Array) -> jax.Array:
 def multiplier(kernel_DF: jax.Array, rows: int, turns: int = 1) -> Product:
   """Multiplies so many rows by the kernel, in each of the `turns` of a loop around the call."""
   if max(turns, _turns.get()) < MIN_TURNS or not is_faster_by_columns(rows, kernel_DF):
-    return lambda x_ND: _product(x_ND, kernel_DF)
+    dtype = _operands.get()
+    return lambda x_ND: _product(x_ND, kernel_DF, dtype, False)
   kernel_FD = jax.lax.optimization_barrier(kernel_DF.T)  # else XLA would multiply by the kernel as it was
+  kernel_FD = _operand(kernel_FD)
   return lambda x_ND: by_columns(x_ND, kernel_FD)
 
 
 def transposed_multiplier(kernel_FD: jax.Array, rows: int) -> Product:
   """Multiplies by the transpose of the kernel, which lies as it should."""
   if is_faster_by_columns(rows, kernel_FD):
+    kernel_FD = _operand(kernel_FD)
     return lambda x_ND: by_columns(x_ND, kernel_FD)
-  kernel_DF = kernel_FD.T
-  return lambda x_ND: x_ND @ kernel_DF
+  dtype = _operands.get()
+  if dtype == 'float32':
+    kernel_DF = kernel_FD.T
+    return lambda x_ND: x_ND @ kernel_DF
+  return lambda x_ND: _product(x_ND, kernel_FD, dtype, True)
 
 
-@jax.custom_vjp
-def _product(x_ND: jax.Array, kernel_DF: jax.Array) -> jax.Array:
-  """The product, whose kernel's gradient is made in the kernel's own layout.
+def rounds() -> bool:
+  """Whether operands are of another type than sums are here."""
+  return _operands.get() != 'float32'
+
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+  """`a @ b` of stacks of matrices, for what needs no gradient."""
+  return _multiply(_operand(a), _operand(b), a.dtype)
+
+
+def matmul_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
+  """`a @ b.mT`, the same."""
+  return _multiply(_operand(a), _operand(b), a.dtype, transposed=True)
+
+
+def kernel_gradient(x_ND: jax.Array, dy_NF: jax.Array) -> jax.Array:
+  """`x_ND.T @ dy_NF`, for what needs no gradient."""
+  return _kernel_gradient(_operand(x_ND), _operand(dy_NF), dy_NF.dtype)
+
+
+def _kernel_gradient(x_ND: jax.Array, dy_NF: jax.Array, sums: Any) -> jax.Array:
+  x_DN = x_ND.T
+  if x_DN.dtype != sums and backend.name() == 'cpu':  # bfloat16 is multiplied fast where what stands on the left lies in rows
+    x_DN = layout.with_layout_constraint(x_DN, layout.Layout(major_to_minor=(0, 1)))
+  return _multiply(x_DN, dy_NF, sums)
+
+
+def _multiply(a: jax.Array, b: jax.Array, sums: Any, transposed: bool = False) -> jax.Array:
+  """`a @ b`, or `a @ b.T`, of the last two axes, summed in the type `sums`."""
+  if a.dtype == sums:
+    return a @ (b.mT if transposed else b)
+  # As one operation: of a transpose and a product XLA's CPU backend multiplies float32, and where it moves a transpose from the product to
+  # what is multiplied it can't take bfloat16 at all.
+  stack = tuple(range(a.ndim - 2))
+  axes = ((a.ndim - 1,), (b.ndim - 1 if transposed else b.ndim - 2,)), (stack, stack)
+  return jax.lax.optimization_barrier(jax.lax.dot_general(a, b, axes, preferred_element_type=sums))
+
+
+def _operand(x: jax.Array) -> jax.Array:
+  return _rounded(x, _operands.get()) if x.dtype == jnp.float32 else x
+
+
+def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
+  """Written out once: XLA would round again in each product, and by number."""
+  return x if x.dtype == dtype else jax.lax.optimization_barrier(x.astype(dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x_ND: jax.Array, kernel: jax.Array, dtype: str, transposed: bool) -> jax.Array:
+  """The product of what is rounded to `dtype`; its kernel's gradient is made in the kernel's own layout.
 
   JAX makes it as [F, D] and transposes that; XLA's CPU backend then walks across memory in every pass of the optimizer.
+
+  Args:
+    x_ND: rows.
+    kernel: [D, F]; or, `transposed`, [F, D].
+    dtype: of the operands.
+    transposed: whether the kernel's transpose is multiplied by.
   """
-  return x_ND @ kernel_DF
+  return _product_forward(x_ND, kernel, dtype, transposed)[0]
 
 
-def _product_forward(x_ND: jax.Array, kernel_DF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return x_ND @ kernel_DF, (x_ND, kernel_DF)
+def _product_forward(x_ND: jax.Array, kernel: jax.Array, dtype: str, transposed: bool) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  with operands(dtype):
+    saved = _operand(x_ND), _operand(kernel)
+  return _multiply(*saved, x_ND.dtype, transposed), saved
 
 
-def _product_backward(saved: tuple[jax.Array, jax.Array], dy_NF: jax.Array) -> tuple[jax.Array, jax.Array]:
-  x_ND, kernel_DF = saved
-  return dy_NF @ kernel_DF.T, x_ND.T @ dy_NF
+def _product_backward(dtype: str, transposed: bool, saved: tuple[jax.Array, jax.Array], dy_NF: jax.Array) -> tuple[jax.Array, jax.Array]:
+  x_ND, kernel = saved
+  sums, dy_NF = dy_NF.dtype, _rounded(dy_NF, x_ND.dtype)
+  dx_ND = _multiply(dy_NF, kernel, sums, not transposed)
+  return dx_ND, _kernel_gradient(dy_NF, x_ND, sums) if transposed else _kernel_gradient(x_ND, dy_NF, sums)
 
 
 _product.defvjp(_product_forward, _product_backward)

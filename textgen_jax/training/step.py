@@ -11,7 +11,7 @@ import optax
 
 from textgen_jax import errors
 from textgen_jax.data import windows
-from textgen_jax.models import base
+from textgen_jax.models import base, products
 from textgen_jax.training import health, losses, optimizer, state
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight); the division happens on the host
@@ -138,12 +138,14 @@ def make_train_step(
   spike_deviations: float = math.inf,
   average: optimizer.Average | None = None,
   row_ways: int = 1,
+  product_dtype: str = 'float32',
 ) -> Callable[[state.TrainState, windows.Batch], tuple[state.TrainState, Sums]]:
   """The step, to be jitted with its state donated.
 
   A step whose loss or gradient isn't finite leaves parameters, moments, the schedule's count and the carry as they
   were, and so does one whose loss stands `spike_deviations` above the losses before; infinity lets all spikes through. With an `average`
   the state's `params` are that of its `trained` ones. Rows are split over `row_ways` devices.
+  What kernels are multiplied with, and they, are rounded to `product_dtype`.
   """
 
   def loss_sum(params: Any, carry: Any, batch: windows.Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Sums]]:
@@ -177,6 +179,10 @@ def make_train_step(
     return grads, carry, sums
 
   def train_step(old: state.TrainState, batch: windows.Batch) -> tuple[state.TrainState, Sums]:
+    with products.operands(product_dtype):
+      return take(old, batch)
+
+  def take(old: state.TrainState, batch: windows.Batch) -> tuple[state.TrainState, Sums]:
     key = jax.random.fold_in(old.root_key, old.step)
     grads, carry, sums = summed_grads(old.weights, old.carry, batch, key)
     objective, weight = sums.pop('objective')  # the loss and the hook's term
