@@ -152,7 +152,7 @@ def our_training(setting: str, own_block: bool) -> tuple[Any, Any, list[Any]]:
       dim=s.dim, num_layers=s.num_layers, num_heads=s.num_heads, position='learned', norm='layer', activation='gelu', qk_norm=False,
       tied_embedding=True, init='gpt2',
     )  # fmt: skip
-  mesh_config = sharding.ShardingConfig(cpu_devices=int(os.environ.get('DEV','0')))
+  mesh_config = sharding.ShardingConfig()
   jax.config.update('jax_num_cpu_devices', sharding.cpu_devices(mesh_config, s.batch_size, not s.num_heads))
   mesh = sharding.make_mesh(mesh_config)
   model = build.build(config, VOCAB_SIZE, s.sequence_length, sharding.make_constrain(mesh_config, mesh))
@@ -162,7 +162,7 @@ def our_training(setting: str, own_block: bool) -> tuple[Any, Any, list[Any]]:
   )  # fmt: skip
   tx = optimizer.build(how)
   init, _, shardings = state.create(model, tx, 0, 0, mesh_config, mesh)
-  take = jax.jit(step.make_train_step(model, tx, optimizer.make_schedule(how), 1, product_dtype=os.environ.get('PD','float32')), donate_argnums=0, out_shardings=(shardings, None))
+  take = jax.jit(step.make_train_step(model, tx, optimizer.make_schedule(how), 1), donate_argnums=0, out_shardings=(shardings, None))
   place = sharding.batch_sharding(mesh_config, mesh)
   weights_BT = np.ones((s.batch_size, s.sequence_length), np.float32)
   texts = [x.astype(np.int32) for x in batches(setting)]
@@ -200,8 +200,6 @@ def our_layer() -> Steps:
   def total(variables: Any, x_TBD: jax.Array) -> jax.Array:
     return jnp.square(layer.apply(variables, x_TBD, carry, None, None, True)[0]).sum()
 
-  from textgen_jax.models import products
-  products._operands.set(os.environ.get('PD','float32'))
   backward = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
 
   def steps(count: int) -> float:

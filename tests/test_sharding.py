@@ -63,6 +63,16 @@ def test_matrices_are_made_orthogonal_on_all_devices_alike(num_devices, found):
 
 
 @pytest.mark.parametrize('kind', ['transformer', 'lstm'])
+@pytest.mark.parametrize('num_devices', [2, 4])
+def test_products_of_bfloat16_on_all_devices_alike(kind, num_devices, found):
+  losses = found[1][f'rounded {kind}']['losses']
+  assert losses != found[1][f'{kind} 1x1']['losses']
+  np.testing.assert_allclose(losses, found[1][f'{kind} 1x1']['losses'], rtol=1e-2)
+  # Sums of another order round to the neighbour now and then, a difference of 2**-8 in one of what is multiplied next.
+  np.testing.assert_allclose(found[num_devices][f'rounded {kind}']['losses'], losses, rtol=1e-3)
+
+
+@pytest.mark.parametrize('kind', ['transformer', 'lstm'])
 @pytest.mark.parametrize('mesh', ['8x1x1', '2x4x1', '2x2x2', '1x1x8'])
 def test_eight_devices_in_every_way(kind, mesh, found):
   result = found[8][f'wide {kind} {mesh}']

@@ -165,3 +165,16 @@ def test_torch_is_hidden_only_while_tensorboard_is_imported(tmp_path, installed)
   path = os.pathsep.join([str(tmp_path), str(ROOT)])
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**os.environ, 'PYTHONPATH': path}, capture_output=True, text=True)
   assert (done.returncode, done.stderr) == (0, '')
+
+
+@pytest.mark.parametrize(('dtype', 'devices'), [('float32', None), ('bfloat16', 1)])
+def test_products_of_bfloat16_leave_a_cpu_one_device(dtype, devices):
+  code = (
+    'import jax; from textgen_jax import compilation, experiment, sharding; '
+    f'e = experiment.Experiment(training=experiment.TrainingConfig(product_dtype={dtype!r})); compilation.split_cores(e); '
+    'print(jax.device_count(), sharding.cpu_devices(e.sharding, e.training.batch_size, False))'
+  )
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment, timeout=120, check=True)
+  found, by_cores = map(int, done.stdout.split())
+  assert found == (devices or by_cores)

@@ -174,6 +174,8 @@ def main(num_devices, text, workdir):
       found[f'{kind} {data}x{fsdp}']['scores'] = scores(make(kind, text, data=data, fsdp=fsdp))
   data, fsdp = meshes[-1]
   found['muon'] = losses_and_places(make('transformer', text, data=data, fsdp=fsdp, optimizer_kind='muon'))
+  for kind in ('transformer', 'lstm'):
+    found[f'rounded {kind}'] = losses_and_places(make(kind, text, data=data, fsdp=fsdp, product_dtype='bfloat16'))
   if num_devices == 2:
     found['split rows'] = split_rows()
     found['split recurrence'] = split_recurrence()

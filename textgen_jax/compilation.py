@@ -13,7 +13,7 @@ from jax._src import compilation_cache
 from textgen_jax import experiment as experiment_lib
 from textgen_jax import sharding
 from textgen_jax.data import downloads
-from textgen_jax.models import build, products
+from textgen_jax.models import base, build
 
 _SHA256_BYTES = 32
 # Devices of one CPU that wait for each other longer than 40 s end the process: on a laptop that slept, or where many processes share cores.
@@ -43,7 +43,7 @@ def split_cores(experiment: experiment_lib.Experiment, several_processes: bool =
     return
   c = experiment.training
   # Products of bfloat16 leave less to do beside the rest than two devices lose to each other: 28 ms a step for 35.
-  alone = build.carries(experiment.model) or products.operand_dtype(c.product_dtype, 'cpu') == 'bfloat16'
+  alone = build.carries(experiment.model) or base.operand_dtype(c.product_dtype, 'cpu') == 'bfloat16'
   devices = sharding.cpu_devices(experiment.sharding, c.batch_size // c.accumulation_steps, alone)
   if several_processes and not experiment.sharding.cpu_devices:
     devices = 1

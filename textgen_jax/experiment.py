@@ -11,7 +11,7 @@ from typing import Any
 from textgen_jax import errors
 from textgen_jax import sharding as sharding_lib
 from textgen_jax.data import corpora, windows
-from textgen_jax.models import build, products
+from textgen_jax.models import base, build
 from textgen_jax.text import base as text_base
 from textgen_jax.text import build as text_build
 from textgen_jax.training import health
@@ -111,7 +111,7 @@ def _check_training(config: TrainingConfig) -> None:
       raise errors.UserError(f'training.{field.name}={value} is below {lowest.get(field.name, 1)}')
   if config.eval_max_tokens == 1:
     raise errors.UserError('training.eval_max_tokens=1 leaves nothing to predict: at least 2, or 0 for the whole split')
-  products.operand_dtype(config.product_dtype, 'cpu')
+  base.operand_dtype(config.product_dtype, 'cpu')
   if config.batch_size % config.accumulation_steps:
     raise errors.UserError(
       f"training.batch_size={config.batch_size} isn't divisible by training.accumulation_steps={config.accumulation_steps}"

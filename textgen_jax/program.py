@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from textgen_jax import errors, sharding
 from textgen_jax import experiment as experiment_lib
-from textgen_jax.models import build, products
+from textgen_jax.models import base, build
 from textgen_jax.training import optimizer, state, step
 
 
@@ -36,7 +36,7 @@ class Program:
     e, c = experiment, experiment.training
     check_rows(e, mesh)
     self.experiment, self.mesh, self.hook = e, mesh, hook
-    self.product_dtype = products.operand_dtype(c.product_dtype)
+    self.product_dtype = base.operand_dtype(c.product_dtype)
     self.row_ways = sharding.batch_divisor(e.sharding, mesh)
     self.model = build.build(e.model, vocab_size, c.sequence_length, sharding.make_constrain(e.sharding, mesh))
     build.check_kernel(self.model, c.sequence_length, c.mask_documents)

@@ -1,4 +1,4 @@
-"""Products of few rows on CPU: the same numbers, and a kernel that is transposed once for all turns of a loop."""
+"""Products of few rows on CPU, with a kernel that is transposed once for all turns of a loop; and of what is rounded to bfloat16."""
 
 import re
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from textgen_jax import backend
 from textgen_jax.models import base, build, lstm, products, transformer
@@ -15,7 +16,7 @@ TURNS = products.MIN_TURNS
 VOCAB = 29
 
 
-def operands(rows=ROWS):
+def rows_and_kernel(rows=ROWS):
   rng = np.random.default_rng(0)
   return jnp.asarray(rng.normal(size=(rows, D)), jnp.float32), jnp.asarray(rng.normal(size=(D, F)), jnp.float32)
 
@@ -35,7 +36,7 @@ def is_by_columns(function, *args):
 
 
 def test_by_columns_is_the_product():
-  x_ND, kernel_DF = operands()
+  x_ND, kernel_DF = rows_and_kernel()
   for found in (jax.jit(within(TURNS, products.dense))(x_ND, kernel_DF), jax.jit(products.dense_transposed)(x_ND, kernel_DF.T)):
     np.testing.assert_allclose(found, x_ND @ kernel_DF, rtol=1e-5, atol=1e-4)
 
@@ -44,7 +45,7 @@ def test_its_gradients_are_the_product_s():
   def slopes(multiply):
     return jax.jit(jax.grad(lambda *args: jnp.sin(multiply(*args)).sum(), argnums=(0, 1)))(*args)
 
-  x_ND, kernel_DF = args = operands()
+  x_ND, kernel_DF = args = rows_and_kernel()
   args = x_ND, kernel_DF.T
   found, expected = slopes(lambda *args: products.dense_transposed(*args)), slopes(lambda x_ND, kernel_FD: x_ND @ kernel_FD.T)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3), found, expected)
@@ -56,7 +57,7 @@ def test_it_is_taken_on_cpu_for_few_rows_and_large_kernels():
     stored = is_by_columns(lambda x_ND: products.dense_transposed(x_ND, kernel_DF.T), x_ND)
     return is_by_columns(within(turns, products.dense), x_ND, kernel_DF), stored
 
-  _, kernel_DF = operands()
+  _, kernel_DF = rows_and_kernel()
   most = D // products.SIDE_PER_ROW
   assert found(ROWS, kernel_DF) == found(most, kernel_DF) == (True, True)
   assert found(ROWS, kernel_DF, turns=TURNS - 1) == (False, True)  # only the one has something to transpose
@@ -118,3 +119,71 @@ def test_a_step_of_a_model_within_a_loop_is_the_step(config, random_params, monk
     np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * np.abs(y[np.isfinite(y)]).max())
 
   jax.tree.map(assert_close, found, expected)
+
+
+def within_operands(dtype, function):
+  def call(*args):
+    with products.operands(dtype):
+      return function(*args)
+
+  return call
+
+
+def rounded(x):
+  return np.asarray(x.astype(jnp.bfloat16), np.float64)
+
+
+@pytest.mark.parametrize('transposed', [False, True])
+@pytest.mark.parametrize('rows', [1, 7, 100])
+def test_operands_are_rounded_and_sums_are_not(rows, transposed):
+  x_ND, kernel_DF = rows_and_kernel(rows)
+  dy_NF = jnp.asarray(np.random.default_rng(1).normal(size=(rows, F)), jnp.float32)
+  kernel = kernel_DF.T if transposed else kernel_DF
+  multiply = within_operands('bfloat16', products.dense_transposed if transposed else products.dense)
+  y_NF, pull = jax.jit(lambda *args: jax.vjp(multiply, *args))(x_ND, kernel)
+  dx_ND, dkernel = pull(dy_NF)
+  expected = rounded(x_ND) @ rounded(kernel_DF), rounded(dy_NF) @ rounded(kernel_DF).T, rounded(x_ND).T @ rounded(dy_NF)
+  for found, correct in zip((y_NF, dx_ND, dkernel.T if transposed else dkernel), expected, strict=True):
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, correct, rtol=1e-5, atol=1e-5 * np.abs(correct).max())
+
+
+def test_operands_stay_as_they_are_unless_told():
+  x_ND, kernel_DF = rows_and_kernel()
+  found = jax.jit(within_operands('float32', products.dense))(x_ND, kernel_DF)
+  np.testing.assert_array_equal(found, jax.jit(products.dense)(x_ND, kernel_DF))
+  found = jax.jit(within_operands('bfloat16', products.dense))(x_ND.astype(jnp.bfloat16), kernel_DF.astype(jnp.bfloat16))
+  assert found.dtype == jnp.bfloat16  # what computes in bfloat16 has results of it
+
+
+@pytest.mark.parametrize(('rows', 'by_columns'), [(ROWS, True), (D, False)])
+def test_a_recurrence_rounds_its_operands(rows, by_columns):
+  """Both products of each time, and the one over all times."""
+  assert products.is_faster_by_columns(rows, jnp.zeros((D, 4 * D))) == by_columns
+  layer = lstm.LSTMLayer(lstm.LSTMConfig(dim=D, num_layers=1), 'float32')
+  x_TBD = jax.random.normal(jax.random.key(0), (TURNS, rows, D))
+  carry = (jnp.zeros((rows, D)),) * 2
+  params = nn.unbox(layer.init(jax.random.key(1), x_TBD, carry, None, None, True))
+
+  def slopes(dtype):
+    loss = within_operands(dtype, lambda *args: jnp.sin(layer.apply(args[0], args[1], carry, None, None, True)[0]).sum())
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, x_TBD)
+    return lowered.compile()(params, x_TBD), lowered.as_text()
+
+  (found, text), (expected, _) = slopes('bfloat16'), slopes('float32')
+  assert not [line for line in text.splitlines() if 'dot_general' in line and 'bf16' not in line]
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    assert x.dtype == jnp.float32
+    assert 0 < np.linalg.norm(x - y) < 0.02 * np.linalg.norm(y)
+
+
+@pytest.mark.parametrize(('told', 'multiplies'), [('avx512_bf16', True), ('amx_bf16', True), ('avx512f', False), ('', False)])
+def test_a_cpu_s_flags_tell_whether_it_multiplies_bfloat16(monkeypatch, tmp_path, told, multiplies):
+  path = tmp_path / f'cpuinfo{told}'
+  path.write_text(f'processor\t: 0\nflags\t\t: fpu sse2 {told} avx2\n')
+  assert backend.cpu_multiplies_bfloat16(str(path)) == multiplies
+  assert not backend.cpu_multiplies_bfloat16(str(tmp_path / 'none'))
+  monkeypatch.setattr(backend, 'cpu_multiplies_bfloat16', lambda: multiplies)
+  assert products.operand_dtype('auto') == ('bfloat16' if multiplies else 'float32')
+  assert products.operand_dtype('float32') == products.operand_dtype('auto', 'gpu') == 'float32'
+  assert products.operand_dtype('bfloat16') == 'bfloat16'

@@ -488,3 +488,34 @@ def test_spans_end_where_something_is_due_and_cover_all_steps():
   assert list(step.spans(3, 17, 4, fifths)) == [range(4, 6), range(6, 10), range(10, 11), range(11, 15), range(15, 16), range(16, 18)]
   assert list(step.spans(0, 3, 50, never)) == [range(1, 4)]
   assert list(step.spans(7, 7, 4, never)) == []
+
+
+@pytest.mark.parametrize(
+  'config',
+  [
+    transformer.TransformerConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, activation='swiglu', tied_embedding=True),
+    transformer.TransformerConfig(dim=32, num_layers=2, num_heads=2, position='learned', norm='layer', activation='gelu', bias=True),
+    transformer.TransformerConfig(dim=32, num_layers=2, num_heads=2, init='gpt2', remat='full', scan_layers=True),
+    lstm.LSTMConfig(dim=32, num_layers=2),
+    lstm.LSTMConfig(dim=32, num_layers=1, tied_embedding=False, weight_dropout=0.1),
+  ],
+)
+@pytest.mark.parametrize('accumulation_steps', [1, 2])
+def test_products_of_bfloat16_change_a_step_by_rounding(
+  config, accumulation_steps, make_model, make_params, make_batch, make_state, recorder
+):
+  plain = make_model('transformer')
+  model = build.build(config, plain.vocab_size, plain.context_length)
+  tx = optimizer.build(optimizer.OptimizerConfig(kind='muon', schedule_steps=10))
+  params, batch = make_params(model), make_batch(4)
+  old = make_state(params, recorder)
+  grads = {}
+  for dtype in ('float32', 'bfloat16'):
+    new, _ = jax.jit(step.make_train_step(model, recorder, no_rate, accumulation_steps, product_dtype=dtype))(old, batch)
+    grads[dtype] = new.opt_state
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(new.opt_state))
+    # The optimizer's own transposes, which XLA would move to the gradients' products.
+    updated, _ = jax.jit(step.make_train_step(model, tx, no_rate, accumulation_steps, product_dtype=dtype))(make_state(params, tx), batch)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(updated.params))
+  assert_trees_close(grads['bfloat16'], grads['float32'], rtol=0.05)
+  assert any((np.asarray(x) != np.asarray(y)).any() for x, y in zip(*map(jax.tree.leaves, grads.values()), strict=True))

@@ -40,6 +40,7 @@ from textgen_jax import trees
 from textgen_jax.models import products
 
 Cache = Any
+operand_dtype, operands = products.operand_dtype, products.operands  # of a training step's products
 MIN_TURNS = products.MIN_TURNS  # of a loop, from which on `step_in_loop` prepares the parameters for it
 # What models call on activations. Over a mesh it also has `ways` and `split` (`sharding.MeshConstrain`).
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]

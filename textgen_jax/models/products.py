@@ -85,28 +85,35 @@ def by_columns(x_ND: jax.Array, kernel_FD: jax.Array) -> jax.Array:
 
 def dense(x_ND: jax.Array, kernel_DF: jax.Array) -> jax.Array:
   """`x_ND @ kernel_DF`."""
+  if rounds():
+    return _product(x_ND, kernel_DF, _operands.get(), False)
   return multiplier(kernel_DF, len(x_ND))(x_ND)
 
 
 def dense_transposed(x_ND: jax.Array, kernel_FD: jax.Array) -> jax.Array:
   """`x_ND @ kernel_FD.T`."""
+  if rounds():
+    return _product(x_ND, kernel_FD, _operands.get(), True)
   return transposed_multiplier(kernel_FD, len(x_ND))(x_ND)
 
 
 def multiplier(kernel_DF: jax.Array, rows: int, turns: int = 1) -> Product:
-  """Multiplies so many rows by the kernel, in each of the `turns` of a loop around the call."""
+  """Multiplies so many rows by the kernel, in each of the `turns` of a loop around the call.
+
+  Where it rounds, the kernel's gradient isn't to be taken through it: it would be rounded too.
+  """
+  kernel_DF = operand(kernel_DF)
   if max(turns, _turns.get()) < MIN_TURNS or not is_faster_by_columns(rows, kernel_DF):
     dtype = _operands.get()
     return lambda x_ND: _product(x_ND, kernel_DF, dtype, False)
   kernel_FD = jax.lax.optimization_barrier(kernel_DF.T)  # else XLA would multiply by the kernel as it was
-  kernel_FD = _operand(kernel_FD)
   return lambda x_ND: by_columns(x_ND, kernel_FD)
 
 
 def transposed_multiplier(kernel_FD: jax.Array, rows: int) -> Product:
-  """Multiplies by the transpose of the kernel, which lies as it should."""
+  """Multiplies by the transpose of the kernel, which lies as it should; where it rounds, as `multiplier`."""
+  kernel_FD = operand(kernel_FD)
   if is_faster_by_columns(rows, kernel_FD):
-    kernel_FD = _operand(kernel_FD)
     return lambda x_ND: by_columns(x_ND, kernel_FD)
   dtype = _operands.get()
   if dtype == 'float32':
@@ -116,23 +123,13 @@ def transposed_multiplier(kernel_FD: jax.Array, rows: int) -> Product:
 
 
 def rounds() -> bool:
-  """Whether operands are of another type than sums are here."""
+  """Whether what is traced here rounds float32 for products."""
   return _operands.get() != 'float32'
-
-
-def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-  """`a @ b` of stacks of matrices, for what needs no gradient."""
-  return _multiply(_operand(a), _operand(b), a.dtype)
-
-
-def matmul_transposed(a: jax.Array, b: jax.Array) -> jax.Array:
-  """`a @ b.mT`, the same."""
-  return _multiply(_operand(a), _operand(b), a.dtype, transposed=True)
 
 
 def kernel_gradient(x_ND: jax.Array, dy_NF: jax.Array) -> jax.Array:
   """`x_ND.T @ dy_NF`, for what needs no gradient."""
-  return _kernel_gradient(_operand(x_ND), _operand(dy_NF), dy_NF.dtype)
+  return _kernel_gradient(operand(x_ND), operand(dy_NF), dy_NF.dtype)
 
 
 def _kernel_gradient(x_ND: jax.Array, dy_NF: jax.Array, sums: Any) -> jax.Array:
@@ -143,17 +140,17 @@ def _kernel_gradient(x_ND: jax.Array, dy_NF: jax.Array, sums: Any) -> jax.Array:
 
 
 def _multiply(a: jax.Array, b: jax.Array, sums: Any, transposed: bool = False) -> jax.Array:
-  """`a @ b`, or `a @ b.T`, of the last two axes, summed in the type `sums`."""
+  """`a @ b`, or `a @ b.T`, summed in the type `sums`."""
   if a.dtype == sums:
-    return a @ (b.mT if transposed else b)
+    return a @ (b.T if transposed else b)
   # As one operation: of a transpose and a product XLA's CPU backend multiplies float32, and where it moves a transpose from the product to
   # what is multiplied it can't take bfloat16 at all.
-  stack = tuple(range(a.ndim - 2))
-  axes = ((a.ndim - 1,), (b.ndim - 1 if transposed else b.ndim - 2,)), (stack, stack)
+  axes = ((1,), (1 if transposed else 0,)), ((), ())
   return jax.lax.optimization_barrier(jax.lax.dot_general(a, b, axes, preferred_element_type=sums))
 
 
-def _operand(x: jax.Array) -> jax.Array:
+def operand(x: jax.Array) -> jax.Array:
+  """`x`, rounded where it is float32 and `operands` say so."""
   return _rounded(x, _operands.get()) if x.dtype == jnp.float32 else x
 
 
@@ -179,7 +176,7 @@ def _product(x_ND: jax.Array, kernel: jax.Array, dtype: str, transposed: bool) -
 
 def _product_forward(x_ND: jax.Array, kernel: jax.Array, dtype: str, transposed: bool) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   with operands(dtype):
-    saved = _operand(x_ND), _operand(kernel)
+    saved = operand(x_ND), operand(kernel)
   return _multiply(*saved, x_ND.dtype, transposed), saved
 
 

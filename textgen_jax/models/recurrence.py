@@ -75,10 +75,17 @@ def _forward(
 
   inputs = jnp.arange(len(gates_TBG)), valid_TB, starts_TB
   (last, acts_TBG), (hidden_TBD, cell_TBD) = _loop(step, (carry, gates_TBG.astype(jnp.float32)), inputs)
-  return (hidden_TBD, last), (acts_TBG, hidden_TBD, cell_TBD, last[1], carry[0], kernel_DG, keep_BD, valid_TB, starts_TB)
+  rounded_DG = products.operand(kernel_DG)  # tells the backward pass, which may be traced elsewhere, that it is to round
+  return (hidden_TBD, last), (acts_TBG, hidden_TBD, cell_TBD, last[1], carry[0], rounded_DG, keep_BD, valid_TB, starts_TB)
 
 
 def _backward(residuals: Any, slopes: tuple[jax.Array, Carry]) -> Any:
+  hidden_TBD, rounded_DG = residuals[1], residuals[5]
+  with products.operands(rounded_DG.dtype.name if hidden_TBD.dtype == jnp.float32 else 'float32'):
+    return _slopes(residuals, slopes)
+
+
+def _slopes(residuals: Any, slopes: tuple[jax.Array, Carry]) -> Any:
   acts_TBG, hidden_TBD, cell_TBD, last_cell_BD, first_hidden_BD, kernel_DG, keep_BD, valid_TB, starts_TB = residuals
   slope_TBD, last_slopes = slopes
   multiply = products.transposed_multiplier(kernel_DG, slope_TBD.shape[1])
@@ -91,7 +98,7 @@ def _backward(residuals: Any, slopes: tuple[jax.Array, Carry]) -> Any:
     gates_slope_BG, before_cell_slope_BD = _retreat(acts_BG, before_BD, jnp.tanh(after_BD), after)
     if valid_B is not None:
       gates_slope_BG = jnp.where(valid_B[:, None], gates_slope_BG, 0)
-    seen_slope_BD = multiply(gates_slope_BG.astype(kernel_DG.dtype)).astype(jnp.float32)
+    seen_slope_BD = multiply(gates_slope_BG.astype(hidden_TBD.dtype)).astype(jnp.float32)
     before_hidden_slope_BD = seen_slope_BD if keep_BD is None else seen_slope_BD * keep_BD
     before = _hold(valid_B, after, _restart((before_hidden_slope_BD, before_cell_slope_BD), starts_B))
     return (before, cell_BD), gates_slope_BG
@@ -99,7 +106,7 @@ def _backward(residuals: Any, slopes: tuple[jax.Array, Carry]) -> Any:
   inputs = slope_TBD.astype(jnp.float32), acts_TBG, cell_TBD, valid_TB, starts_TB
   (first_slopes, _), gates_slope_TBG = _loop(step, (last_slopes, last_cell_BD), inputs, reverse=True)
   bias_slope_G = gates_slope_TBG.sum((0, 1))
-  gates_slope_TBG = gates_slope_TBG.astype(kernel_DG.dtype)
+  gates_slope_TBG = gates_slope_TBG.astype(hidden_TBD.dtype)
   kernel_slope_DG = kernel_slope(first_hidden_BD, hidden_TBD, keep_BD, starts_TB, gates_slope_TBG)
   return gates_slope_TBG, bias_slope_G, kernel_slope_DG, first_slopes, None, None, None
 

@@ -30,7 +30,7 @@ from absl import flags
 
 from textgen_jax import assembly, command_line, compilation, errors, rerun, trees, workdir
 from textgen_jax import experiment as experiment_lib
-from textgen_jax.models import products
+from textgen_jax.models import base as models_base
 from textgen_jax.text import base
 from textgen_jax.tools import report
 from textgen_jax.training import checkpoints, diagnose, health, metrics, progress, state, step
@@ -180,7 +180,7 @@ def look_into(parts: assembly.Parts, train_state: state.TrainState, batch: Any) 
   nll_BT = np.zeros(batch.targets_BT.shape, np.float32)
   totals: Any = None
   for i, (micro_batch, carry, micro_key) in enumerate(step.each_micro_batch(steps, batch, train_state.carry, key)):
-    with products.operands(parts.product_dtype):
+    with models_base.operands(parts.product_dtype):
       (value, (nll_BT[i::steps], weight)), grads = examine(train_state.weights, carry, micro_batch, micro_key)
     found = value, weight, grads
     totals = found if totals is None else jax.tree.map(jnp.add, totals, found)

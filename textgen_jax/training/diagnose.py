@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from textgen_jax import trees
-from textgen_jax.models import base, products
+from textgen_jax.models import base
 from textgen_jax.training import step
 
 FLAGS = 'finite_outputs'  # the collection, and the name in it; no module may bear it
@@ -47,7 +47,7 @@ def make_diagnose(
 
   def diagnose(params: Any, carry: Any, batch: Any, key: jax.Array) -> str:
     for micro_batch, micro_carry, micro_key in step.each_micro_batch(accumulation_steps, batch, carry, key):
-      with products.operands(product_dtype):
+      with base.operands(product_dtype):
         found = jax.device_get(examine(params, micro_carry, micro_batch, micro_key))
       said = _describe(found, orders, hooked=hook is not step.no_hook)
       if said:

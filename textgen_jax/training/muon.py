@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from textgen_jax.models import products
-
 # Each turn pulls all singular values towards 1, from 0.7 to 1.2; Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 TURNS = 5
@@ -38,21 +36,21 @@ def orthogonalize(x_NDF: jax.Array) -> jax.Array:
   x_NDF = x_NDF / (jnp.linalg.norm(x_NDF, axis=(1, 2), keepdims=True) + 1e-8)
   if columns < 2 * rows:
     for _ in range(TURNS):
-      x_NDF = products.matmul(_turn(products.matmul_transposed(x_NDF, x_NDF)), x_NDF)
+      x_NDF = _turn(x_NDF @ x_NDF.swapaxes(1, 2)) @ x_NDF
     return x_NDF
   # Each turn multiplies by a polynomial of x @ x.T, whose next one follows from it: wide matrices are read twice, not ten times.
-  square_NDD = products.matmul_transposed(x_NDF, x_NDF)
+  square_NDD = x_NDF @ x_NDF.swapaxes(1, 2)
   total_NDD = turn_NDD = _turn(square_NDD)
   for _ in range(TURNS - 1):
-    square_NDD = products.matmul(products.matmul(turn_NDD, square_NDD), turn_NDD)
+    square_NDD = turn_NDD @ square_NDD @ turn_NDD
     turn_NDD = _turn(square_NDD)
-    total_NDD = products.matmul(turn_NDD, total_NDD)
-  return products.matmul(total_NDD, x_NDF)
+    total_NDD = turn_NDD @ total_NDD
+  return total_NDD @ x_NDF
 
 
 def _turn(square_NDD: jax.Array) -> jax.Array:
   a, b, c = COEFFICIENTS
-  return a * jnp.eye(square_NDD.shape[-1]) + b * square_NDD + c * products.matmul(square_NDD, square_NDD)
+  return a * jnp.eye(square_NDD.shape[-1]) + b * square_NDD + c * square_NDD @ square_NDD
 
 
 def scale_by_muon(momentum: float, spread: Spread = alone) -> optax.GradientTransformation:

@@ -11,7 +11,7 @@ import optax
 
 from textgen_jax import errors
 from textgen_jax.data import windows
-from textgen_jax.models import base, products
+from textgen_jax.models import base
 from textgen_jax.training import health, losses, optimizer, state
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, weight); the division happens on the host
@@ -179,7 +179,7 @@ def make_train_step(
     return grads, carry, sums
 
   def train_step(old: state.TrainState, batch: windows.Batch) -> tuple[state.TrainState, Sums]:
-    with products.operands(product_dtype):
+    with base.operands(product_dtype):
       return take(old, batch)
 
   def take(old: state.TrainState, batch: windows.Batch) -> tuple[state.TrainState, Sums]:
