@@ -5,7 +5,8 @@
 
 Settings: nanoGPT's for CPUs (0.80 M parameters, 12 rows of 64 tokens), nanoGPT's 10.6 M model on 8 rows of 256, and an LSTM 512 wide on
 32 rows of 128. Our own block (rotary positions, RMS norms, of queries and keys too, squared ReLU, untied tables) is set beside nanoGPT's in
-PyTorch and beside itself, written in PyTorch. A step is forward, backward, a clip of the gradient by its global norm and AdamW, on batches
+PyTorch and beside itself, written in PyTorch; and, on a CPU that multiplies bfloat16, with products of it (`training.product_dtype=auto`),
+beside PyTorch's autocast to it. A step is forward, backward, a clip of the gradient by its global norm and AdamW, on batches
 that are made beforehand; `LSTM layer` is forward and backward of one layer alone. Each contender has a process of its own that sleeps while
 another is timed; PyTorch has as many threads as there are cores. The share of the peak is of the fastest of some square float32 products in
 numpy, measured in the same run; products that an LSTM with few tokens needn't do count as done.
@@ -47,6 +48,15 @@ NAMES = {
   'lstm': (THEIRS, 'textgen_jax'),
   'lstm_layer': (THEIRS, 'textgen_jax'),
 }
+BFLOAT16 = ', bfloat16'  # what ends the name of a contender that multiplies it
+
+
+def names(setting: str) -> tuple[str, ...]:
+  from textgen_jax import backend
+
+  found = NAMES[setting]
+  rounded = found[-2:] if backend.cpu_multiplies_bfloat16() else ()
+  return (*found, *(name + BFLOAT16 for name in rounded))
 
 
 def main() -> None:
@@ -73,7 +83,7 @@ def main() -> None:
 
 
 def compare(setting: str, repeats: int, peak_gflops: float) -> None:
-  rivals = {name: contenders.Apart(__file__, f'{setting}:{name}') for name in NAMES[setting]}
+  rivals = {name: contenders.Apart(__file__, f'{setting}:{name}') for name in names(setting)}
   steps, times = {}, {name: [] for name in rivals}
   for name, rival in rivals.items():
     rival(2)  # compiles, allocates
@@ -122,9 +132,11 @@ def product_gflops(size: int, seconds: float = 1.0) -> float:
 
 
 def make(setting: str, name: str) -> Steps:
-  if name in (THEIRS, THEIRS_IN_OUR_BLOCK):
-    return their_layer() if setting == 'lstm_layer' else theirs(setting, our_block=name == THEIRS_IN_OUR_BLOCK)
-  return our_layer() if setting == 'lstm_layer' else ours(setting, own_block=name.endswith('own block'))
+  bare, rounded = name.removesuffix(BFLOAT16), name.endswith(BFLOAT16)
+  if bare in (THEIRS, THEIRS_IN_OUR_BLOCK):
+    return their_layer(rounded) if setting == 'lstm_layer' else theirs(setting, bare == THEIRS_IN_OUR_BLOCK, rounded)
+  dtype = 'bfloat16' if rounded else 'float32'
+  return our_layer(dtype) if setting == 'lstm_layer' else ours(setting, bare.endswith('own block'), dtype)
 
 
 def batches(setting: str, count: int = 16) -> np.ndarray:
@@ -132,7 +144,7 @@ def batches(setting: str, count: int = 16) -> np.ndarray:
   return np.random.default_rng(0).integers(0, VOCAB_SIZE, (count, s.batch_size, s.sequence_length + 1))
 
 
-def our_training(setting: str, own_block: bool) -> tuple[Any, Any, list[Any]]:
+def our_training(setting: str, own_block: bool, product_dtype: str = 'float32') -> tuple[Any, Any, list[Any]]:
   """The compiled step, a state and batches."""
   import jax
 
@@ -153,7 +165,9 @@ def our_training(setting: str, own_block: bool) -> tuple[Any, Any, list[Any]]:
       tied_embedding=True, init='gpt2',
     )  # fmt: skip
   mesh_config = sharding.ShardingConfig()
-  jax.config.update('jax_num_cpu_devices', sharding.cpu_devices(mesh_config, s.batch_size, not s.num_heads))
+  devices = sharding.cpu_devices(mesh_config, s.batch_size, not s.num_heads or product_dtype != 'float32')
+  jax.config.update('jax_num_cpu_devices', devices)
+  compilation.dispatch_at_once(devices)
   mesh = sharding.make_mesh(mesh_config)
   model = build.build(config, VOCAB_SIZE, s.sequence_length, sharding.make_constrain(mesh_config, mesh))
   how = optimizer.OptimizerConfig(
@@ -162,7 +176,8 @@ def our_training(setting: str, own_block: bool) -> tuple[Any, Any, list[Any]]:
   )  # fmt: skip
   tx = optimizer.build(how)
   init, _, shardings = state.create(model, tx, 0, 0, mesh_config, mesh)
-  take = jax.jit(step.make_train_step(model, tx, optimizer.make_schedule(how), 1), donate_argnums=0, out_shardings=(shardings, None))
+  train_step = step.make_train_step(model, tx, optimizer.make_schedule(how), 1, product_dtype=product_dtype)
+  take = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
   place = sharding.batch_sharding(mesh_config, mesh)
   weights_BT = np.ones((s.batch_size, s.sequence_length), np.float32)
   texts = [x.astype(np.int32) for x in batches(setting)]
@@ -171,8 +186,8 @@ def our_training(setting: str, own_block: bool) -> tuple[Any, Any, list[Any]]:
   return take.lower(train_state, made[0]).compile(), train_state, made
 
 
-def ours(setting: str, own_block: bool) -> Steps:
-  take, train_state, made = our_training(setting, own_block)
+def ours(setting: str, own_block: bool, product_dtype: str) -> Steps:
+  take, train_state, made = our_training(setting, own_block, product_dtype)
 
   def steps(count: int) -> float:
     nonlocal train_state
@@ -184,12 +199,12 @@ def ours(setting: str, own_block: bool) -> Steps:
   return steps
 
 
-def our_layer() -> Steps:
+def our_layer(product_dtype: str) -> Steps:
   import jax
   import jax.numpy as jnp
   from flax import linen as nn
 
-  from textgen_jax.models import lstm
+  from textgen_jax.models import base, lstm
 
   s = SETTINGS['lstm_layer']
   layer = lstm.LSTMLayer(lstm.LSTMConfig(dim=s.dim, num_layers=1), 'float32')
@@ -198,7 +213,8 @@ def our_layer() -> Steps:
   variables = nn.unbox(layer.init(jax.random.PRNGKey(1), x_TBD, carry, None, None, True))
 
   def total(variables: Any, x_TBD: jax.Array) -> jax.Array:
-    return jnp.square(layer.apply(variables, x_TBD, carry, None, None, True)[0]).sum()
+    with base.operands(product_dtype):
+      return jnp.square(layer.apply(variables, x_TBD, carry, None, None, True)[0]).sum()
 
   backward = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
 
@@ -211,7 +227,7 @@ def our_layer() -> Steps:
   return steps
 
 
-def their_layer() -> Steps:
+def their_layer(rounded: bool) -> Steps:
   import torch
 
   torch.set_num_threads(CORES)
@@ -223,14 +239,15 @@ def their_layer() -> Steps:
     for _ in range(count):
       layer.zero_grad(set_to_none=True)
       x_TBD.grad = None
-      loss = layer(x_TBD)[0].square().sum()
+      with torch.autocast('cpu', torch.bfloat16, enabled=rounded):
+        loss = layer(x_TBD)[0].square().sum()
       loss.backward()
     return loss.item()
 
   return steps
 
 
-def their_training(setting: str, our_block: bool = False) -> tuple[Any, Callable[[Any], Any]]:
+def their_training(setting: str, our_block: bool = False, rounded: bool = False) -> tuple[Any, Callable[[Any], Any]]:
   """The model, and a step on a batch of T + 1 ids a row that gives the loss."""
   import torch
 
@@ -241,7 +258,8 @@ def their_training(setting: str, our_block: bool = False) -> tuple[Any, Callable
   schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(_share_of_peak))
 
   def take(batch: Any) -> Any:
-    loss = torch.nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+    with torch.autocast('cpu', torch.bfloat16, enabled=rounded):
+      loss = torch.nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
@@ -252,11 +270,11 @@ def their_training(setting: str, our_block: bool = False) -> tuple[Any, Callable
   return model, take
 
 
-def theirs(setting: str, our_block: bool) -> Steps:
+def theirs(setting: str, our_block: bool, rounded: bool) -> Steps:
   import torch
 
   made = [torch.from_numpy(x) for x in batches(setting)]
-  _, take = their_training(setting, our_block)
+  _, take = their_training(setting, our_block, rounded)
 
   def steps(count: int) -> float:
     for i in range(count):

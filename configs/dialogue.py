@@ -23,6 +23,7 @@ def get_config() -> experiment.Experiment:
       num_steps=1500,
       batch_size=8,
       sequence_length=128,
+      product_dtype='auto',
       mask_documents=True,
       eval_every_steps=500,
       checkpoint_every_steps=500,

@@ -25,6 +25,7 @@ def get_config() -> experiment.Experiment:
       num_steps=2600,
       batch_size=32,
       sequence_length=64,
+      product_dtype='auto',
       windows='contiguous',
       eval_every_steps=1300,
       eval_max_tokens=50_000,

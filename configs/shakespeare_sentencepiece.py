@@ -22,6 +22,7 @@ def get_config() -> experiment.Experiment:
       num_steps=2208,
       batch_size=8,
       sequence_length=128,
+      product_dtype='auto',
       eval_every_steps=500,
       eval_max_tokens=20_000,
       checkpoint_every_steps=500,

@@ -23,6 +23,7 @@ def get_config() -> experiment.Experiment:
       num_steps=1168,
       batch_size=16,
       sequence_length=64,
+      product_dtype='auto',
       eval_every_steps=400,
       eval_max_tokens=20_000,
       checkpoint_every_steps=400,

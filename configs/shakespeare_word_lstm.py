@@ -23,6 +23,7 @@ def get_config() -> experiment.Experiment:
       num_steps=794,
       batch_size=32,
       sequence_length=32,
+      product_dtype='auto',
       windows='contiguous',
       eval_every_steps=400,
       eval_max_tokens=20_000,

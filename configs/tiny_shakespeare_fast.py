@@ -36,6 +36,7 @@ def get_config() -> experiment.Experiment:
       num_steps=200,
       batch_size=16,
       sequence_length=64,
+      product_dtype='auto',
       log_every_steps=20,
       eval_every_steps=0,
       checkpoint_every_steps=0,

@@ -37,6 +37,7 @@ def get_config() -> experiment.Experiment:
       num_steps=640,
       batch_size=16,
       sequence_length=256,
+      product_dtype='auto',
       windows='shuffled',
       log_every_steps=20,
       eval_every_steps=320,
