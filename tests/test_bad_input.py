@@ -86,7 +86,7 @@ def check_cache():
     ('--config.training.batch_size=0', ['training.batch_size=0', 'below 1']),
     ('--config.training.num_steps=-5', ['training.num_steps=-5', 'below 1']),
     ('--config.training.accumulation_steps=3', ['training.batch_size=4', 'training.accumulation_steps=3']),
-    ('--config.training.product_dtype=bfloat32', ['training.product_dtype', "did you mean 'bfloat16'?"]),
+    ('--config.training.product_dtype=bfloat', ['training.product_dtype', "did you mean 'bfloat16'?"]),
     ('--config.training.windows=contiguous', ['training.windows', 'Transformer']),
     ('--config.training.profile_steps=9', ['training.profile_steps', "'9'", 'FIRST:LAST']),
     ('--config.training.sample_temperatures=-0.5', ['training.sample_temperatures', '-0.5']),

@@ -65,11 +65,12 @@ def test_matrices_are_made_orthogonal_on_all_devices_alike(num_devices, found):
 @pytest.mark.parametrize('kind', ['transformer', 'lstm'])
 @pytest.mark.parametrize('num_devices', [2, 4])
 def test_products_of_bfloat16_on_all_devices_alike(kind, num_devices, found):
-  losses = found[1][f'rounded {kind}']['losses']
-  assert losses != found[1][f'{kind} 1x1']['losses']
-  np.testing.assert_allclose(losses, found[1][f'{kind} 1x1']['losses'], rtol=1e-2)
-  # Sums of another order round to the neighbour now and then, a difference of 2**-8 in one of what is multiplied next.
-  np.testing.assert_allclose(found[num_devices][f'rounded {kind}']['losses'], losses, rtol=1e-3)
+  exact = found[1][f'{kind} 1x1']['losses']
+  alone, losses = (found[n][f'rounded {kind}']['losses'] for n in (1, num_devices))
+  assert alone != exact
+  for others in (exact, alone):  # sums of another order round to the neighbour now and then, which training magnifies
+    np.testing.assert_allclose(losses[:2], others[:2], rtol=3e-3)
+    np.testing.assert_allclose(losses, others, rtol=5e-2)
 
 
 @pytest.mark.parametrize('kind', ['transformer', 'lstm'])
@@ -227,15 +228,15 @@ def test_one_device_constrains_nothing():
 @pytest.mark.parametrize(
   ('rows', 'cores', 'changes', 'expected'),
   [
-    (12, 2, {}, 2), (12, 8, {}, 6), (7, 4, {}, 1), (12, 5, {'recurrent': True}, 1), (12, 2, {'data': 1}, 1), (12, 2, {'fsdp': 2}, 1),
+    (12, 2, {}, 2), (12, 8, {}, 6), (7, 4, {}, 1), (12, 5, {'alone': True}, 1), (12, 2, {'data': 1}, 1), (12, 2, {'fsdp': 2}, 1),
     (64, 64, {}, 8), (7, 4, {'cpu_devices': 3}, 3), (12, 2, {'cpu_devices': 1}, 1),
   ],
 )  # fmt: skip
 def test_rows_are_split_over_as_many_cores_as_divide_them(monkeypatch, rows, cores, changes, expected):
   monkeypatch.setattr(sharding.os, 'sched_getaffinity', lambda _: set(range(cores)), raising=False)
   monkeypatch.setattr(sharding, '_quota', lambda: 99)
-  recurrent = changes.pop('recurrent', False)
-  assert sharding.cpu_devices(sharding.ShardingConfig(**changes), rows, recurrent) == expected
+  alone = changes.pop('alone', False)
+  assert sharding.cpu_devices(sharding.ShardingConfig(**changes), rows, alone) == expected
 
 
 @pytest.mark.parametrize(('told', 'cores'), [('200000 100000', 2), ('50000 100000', 1), ('max 100000', 8), ('', 8)])
@@ -245,4 +246,4 @@ def test_a_container_s_quota_counts(monkeypatch, tmp_path, told, cores):
   assert sharding._quota(str(tmp_path / 'none')) == sharding.MOST_CPU_DEVICES
   monkeypatch.setattr(sharding, '_quota', lambda: cores)
   monkeypatch.setattr(sharding.os, 'sched_getaffinity', lambda _: set(range(64)), raising=False)
-  assert sharding.cpu_devices(sharding.ShardingConfig(), 64, recurrent=False) == cores
+  assert sharding.cpu_devices(sharding.ShardingConfig(), 64, alone=False) == cores

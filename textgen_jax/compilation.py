@@ -36,14 +36,15 @@ def keep_compiled() -> None:
 def split_cores(experiment: experiment_lib.Experiment, several_processes: bool = False) -> None:
   """Makes a CPU's cores as many devices as `sharding.cpu_devices` says, unless the user or an earlier use of JAX has settled it.
 
-  Each of several processes has one unless the field says more: the others may run on the same cores.
+  Each of several processes has one unless the field says more: the others may run on the same cores. Settles also who runs the steps.
   """
   flags = os.environ.get('XLA_FLAGS', '')
   if jax.config.values['jax_num_cpu_devices'] != -1 or 'xla_force_host_platform_device_count' in flags:
     return
   c = experiment.training
-  # Products of bfloat16 leave less to do beside the rest than two devices lose to each other: 28 ms a step for 35.
-  alone = build.carries(experiment.model) or base.operand_dtype(c.product_dtype, 'cpu') == 'bfloat16'
+  # Products of bfloat16 take so little of a step that a device a core loses by it: 28 ms for 35.
+  rounds = experiment.model.compute_dtype != 'bfloat16' and base.operand_dtype(c.product_dtype, 'cpu') == 'bfloat16'
+  alone = build.carries(experiment.model) or rounds
   devices = sharding.cpu_devices(experiment.sharding, c.batch_size // c.accumulation_steps, alone)
   if several_processes and not experiment.sharding.cpu_devices:
     devices = 1

@@ -27,7 +27,7 @@ class TrainingConfig:
   reset_probability: float = 0.03  # contiguous windows only: that a row's state begins anew with a batch, as in generation
   mask_documents: bool = False  # no document sees what stands before it in its row: attention stops, carried states begin anew
   accumulation_steps: int = 1  # micro-batches that a batch is split into, by rows
-  product_dtype: str = 'float32'  # float32 | bfloat16 | auto (bfloat16 on CPUs that multiply it): what float32 is rounded to for products
+  product_dtype: str = 'float32'  # of kernels and what they multiply: float32 | bfloat16 | auto (the latter on a CPU that multiplies it)
   steps_per_dispatch: int = 1  # at most, in one compiled call: more where a call takes longer than a step; best a divisor of all intervals
   log_every_steps: int = 10
   eval_every_steps: int = 500  # 0: only at the end

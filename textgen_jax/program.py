@@ -5,7 +5,7 @@ import math
 import jax
 from jax.sharding import Mesh
 
-from textgen_jax import errors, sharding
+from textgen_jax import backend, errors, processes, sharding
 from textgen_jax import experiment as experiment_lib
 from textgen_jax.models import base, build
 from textgen_jax.training import optimizer, state, step
@@ -36,7 +36,9 @@ class Program:
     e, c = experiment, experiment.training
     check_rows(e, mesh)
     self.experiment, self.mesh, self.hook = e, mesh, hook
-    self.product_dtype = base.operand_dtype(c.product_dtype)
+    # Processes of one step run one program, whatever CPU each has.
+    platform = 'several' if processes.count() > 1 else backend.name()
+    self.product_dtype = base.operand_dtype(c.product_dtype, platform)
     self.row_ways = sharding.batch_divisor(e.sharding, mesh)
     self.model = build.build(e.model, vocab_size, c.sequence_length, sharding.make_constrain(e.sharding, mesh))
     build.check_kernel(self.model, c.sequence_length, c.mask_documents)

@@ -34,7 +34,7 @@ class ShardingConfig:
   data: int = -1  # copies of the parameters; -1: all devices that are left
   fsdp: int = 1  # devices that share one copy of parameters and optimizer state; -1: all that are left
   tensor: int = 1  # devices that share the work of each row: heads, hidden units and vocabulary; -1: all that are left
-  cpu_devices: int = 0  # that a CPU's cores are split into; 0: one a core where rows divide and the model isn't recurrent, else 1
+  cpu_devices: int = 0  # that a CPU's cores are split into; 0: one a core where rows divide; 1 for an LSTM or bfloat16 products
   rules: dict[str, list[str]] = dataclasses.field(default_factory=_default_rules)
 
 
@@ -60,7 +60,7 @@ def check(config: ShardingConfig) -> None:
       raise errors.UserError(f'sharding.rules splits {one!r} and {other!r} of one array over the same mesh axis, {min(shared)!r}')
 
 
-def cpu_devices(config: ShardingConfig, rows: int, recurrent: bool) -> int:
+def cpu_devices(config: ShardingConfig, rows: int, alone: bool) -> int:
   """How many devices the cores are split into.
 
   Each has a copy of the state. XLA runs the work between matrix products on one core; with a share of the rows each, all cores have some
@@ -70,11 +70,11 @@ def cpu_devices(config: ShardingConfig, rows: int, recurrent: bool) -> int:
   Args:
     config: an explicit mesh is left alone.
     rows: of a micro-batch.
-    recurrent: whether the model goes through time step by step.
+    alone: whether one device does better: where the model goes through time step by step, or products are of bfloat16.
   """
   if config.cpu_devices:
     return config.cpu_devices
-  if recurrent or (config.data, config.fsdp, config.tensor) != (-1, 1, 1):
+  if alone or (config.data, config.fsdp, config.tensor) != (-1, 1, 1):
     return 1
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
   return max(n for n in range(1, min(cores, _quota(), MOST_CPU_DEVICES) + 1) if rows % n == 0)

@@ -152,8 +152,23 @@ def test_operands_stay_as_they_are_unless_told():
   x_ND, kernel_DF = rows_and_kernel()
   found = jax.jit(within_operands('float32', products.dense))(x_ND, kernel_DF)
   np.testing.assert_array_equal(found, jax.jit(products.dense)(x_ND, kernel_DF))
-  found = jax.jit(within_operands('bfloat16', products.dense))(x_ND.astype(jnp.bfloat16), kernel_DF.astype(jnp.bfloat16))
+  args = x_ND.astype(jnp.bfloat16), kernel_DF.astype(jnp.bfloat16)
+  found = jax.jit(within_operands('bfloat16', products.dense))(*args)
   assert found.dtype == jnp.bfloat16  # what computes in bfloat16 has results of it
+  np.testing.assert_array_equal(found, jax.jit(jnp.matmul)(*args))
+
+
+@pytest.mark.parametrize('transposed', [False, True])
+def test_stacks_are_rounded_alike(transposed):
+  """As where seeds train together, or the rows of a large vocabulary's logits are grouped."""
+  multiply = within_operands('bfloat16', products.dense_transposed if transposed else products.dense)
+  slopes = jax.grad(lambda *args: jnp.sin(multiply(*args)).sum(), argnums=(0, 1))
+  rng = np.random.default_rng(0)
+  args = tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 7, D), (3, D, D)))
+  found = jax.jit(jax.vmap(slopes))(*args)
+  for n in range(3):
+    for x, y in zip(found, jax.jit(slopes)(*(x[n] for x in args)), strict=True):
+      np.testing.assert_allclose(x[n], y, rtol=1e-2, atol=1e-2 * np.abs(y).max())
 
 
 @pytest.mark.parametrize(('rows', 'by_columns'), [(ROWS, True), (D, False)])
@@ -184,6 +199,6 @@ def test_a_cpu_s_flags_tell_whether_it_multiplies_bfloat16(monkeypatch, tmp_path
   assert backend.cpu_multiplies_bfloat16(str(path)) == multiplies
   assert not backend.cpu_multiplies_bfloat16(str(tmp_path / 'none'))
   monkeypatch.setattr(backend, 'cpu_multiplies_bfloat16', lambda: multiplies)
-  assert products.operand_dtype('auto') == ('bfloat16' if multiplies else 'float32')
-  assert products.operand_dtype('float32') == products.operand_dtype('auto', 'gpu') == 'float32'
-  assert products.operand_dtype('bfloat16') == 'bfloat16'
+  assert products.operand_dtype('auto', 'cpu') == ('bfloat16' if multiplies else 'float32')
+  assert products.operand_dtype('float32', 'cpu') == products.operand_dtype('auto', 'gpu') == 'float32'
+  assert products.operand_dtype('bfloat16', 'tpu') == 'bfloat16'

@@ -500,10 +500,7 @@ def test_spans_end_where_something_is_due_and_cover_all_steps():
     lstm.LSTMConfig(dim=32, num_layers=1, tied_embedding=False, weight_dropout=0.1),
   ],
 )
-@pytest.mark.parametrize('accumulation_steps', [1, 2])
-def test_products_of_bfloat16_change_a_step_by_rounding(
-  config, accumulation_steps, make_model, make_params, make_batch, make_state, recorder
-):
+def test_products_of_bfloat16_change_a_step_by_rounding(config, make_model, make_params, make_batch, make_state, recorder):
   plain = make_model('transformer')
   model = build.build(config, plain.vocab_size, plain.context_length)
   tx = optimizer.build(optimizer.OptimizerConfig(kind='muon', schedule_steps=10))
@@ -511,11 +508,13 @@ def test_products_of_bfloat16_change_a_step_by_rounding(
   old = make_state(params, recorder)
   grads = {}
   for dtype in ('float32', 'bfloat16'):
-    new, _ = jax.jit(step.make_train_step(model, recorder, no_rate, accumulation_steps, product_dtype=dtype))(old, batch)
+    new, _ = jax.jit(step.make_train_step(model, recorder, no_rate, 2, product_dtype=dtype))(old, batch)
     grads[dtype] = new.opt_state
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(new.opt_state))
-    # The optimizer's own transposes, which XLA would move to the gradients' products.
-    updated, _ = jax.jit(step.make_train_step(model, tx, no_rate, accumulation_steps, product_dtype=dtype))(make_state(params, tx), batch)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(updated.params))
   assert_trees_close(grads['bfloat16'], grads['float32'], rtol=0.05)
   assert any((np.asarray(x) != np.asarray(y)).any() for x, y in zip(*map(jax.tree.leaves, grads.values()), strict=True))
+  # The optimizer transposes tall matrices, which XLA would do to their gradients' products.
+  for dtype in ('float32', 'bfloat16'):
+    new, _ = jax.jit(step.make_train_step(model, tx, no_rate, 1, product_dtype=dtype))(make_state(params, tx), batch)
+    grads[dtype] = new.params
+  assert_trees_close(grads['bfloat16'], grads['float32'], rtol=0.05)

@@ -31,23 +31,23 @@ _turns: contextvars.ContextVar[int] = contextvars.ContextVar('turns', default=1)
 _operands: contextvars.ContextVar[str] = contextvars.ContextVar('operands', default='float32')
 
 
-def operand_dtype(name: str, platform: str = '') -> str:
+def operand_dtype(name: str, platform: str) -> str:
   """'auto' is bfloat16 on CPUs that multiply it, where its products took half as long, and else float32; raises UserError.
 
   Args:
     name: one of OPERAND_DTYPES.
-    platform: what the program is for; empty: what `backend` says, which starts JAX.
+    platform: what the program is for: cpu, gpu or tpu.
   """
   if name not in OPERAND_DTYPES:
     raise errors.not_among('training.product_dtype', name, OPERAND_DTYPES)
   if name != 'auto':
     return name
-  return 'bfloat16' if (platform or backend.name()) == 'cpu' and backend.cpu_multiplies_bfloat16() else 'float32'
+  return 'bfloat16' if platform == 'cpu' and backend.cpu_multiplies_bfloat16() else 'float32'
 
 
 @contextlib.contextmanager
 def operands(dtype: str) -> Iterator[None]:
-  """What is traced within rounds to this type what it multiplies, of float32, with kernels; sums and results are float32 still.
+  """Within, float32 is rounded to this type before it is multiplied by kernels; sums and results are float32 still.
 
   The gradients' products do the same. What was jitted and called before doesn't see it.
   """
@@ -100,7 +100,7 @@ def dense_transposed(x_ND: jax.Array, kernel_FD: jax.Array) -> jax.Array:
 def multiplier(kernel_DF: jax.Array, rows: int, turns: int = 1) -> Product:
   """Multiplies so many rows by the kernel, in each of the `turns` of a loop around the call.
 
-  Where it rounds, the kernel's gradient isn't to be taken through it: it would be rounded too.
+  Where it rounds it isn't to be differentiated: the gradients would be rounded too.
   """
   kernel_DF = operand(kernel_DF)
   if max(turns, _turns.get()) < MIN_TURNS or not is_faster_by_columns(rows, kernel_DF):
@@ -155,7 +155,7 @@ def operand(x: jax.Array) -> jax.Array:
 
 
 def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
-  """Written out once: XLA would round again in each product, and by number."""
+  """Written out: XLA would round one number at a time within the product."""
   return x if x.dtype == dtype else jax.lax.optimization_barrier(x.astype(dtype))
 
 

@@ -60,7 +60,8 @@ def recur(
 def _forward(
   gates_TBG: jax.Array, bias_G: jax.Array, kernel_DG: jax.Array, carry: Carry, keep_BD: Any, valid_TB: Any, starts_TB: Any
 ) -> tuple[tuple[jax.Array, Carry], Any]:
-  multiply = products.multiplier(kernel_DG, len(carry[0]), turns=len(gates_TBG))
+  rounded_DG = products.operand(kernel_DG)
+  multiply = products.multiplier(rounded_DG, len(carry[0]), turns=len(gates_TBG))
 
   def step(state: tuple[Carry, jax.Array], inputs: Any) -> tuple[tuple[Carry, jax.Array], Any]:
     carry, acts_TBG = state
@@ -75,7 +76,7 @@ def _forward(
 
   inputs = jnp.arange(len(gates_TBG)), valid_TB, starts_TB
   (last, acts_TBG), (hidden_TBD, cell_TBD) = _loop(step, (carry, gates_TBG.astype(jnp.float32)), inputs)
-  rounded_DG = products.operand(kernel_DG)  # tells the backward pass, which may be traced elsewhere, that it is to round
+  # Its type tells the backward pass, which may be traced elsewhere, that it is to round.
   return (hidden_TBD, last), (acts_TBG, hidden_TBD, cell_TBD, last[1], carry[0], rounded_DG, keep_BD, valid_TB, starts_TB)
 
 
@@ -123,7 +124,8 @@ def kernel_slope(first_hidden_BD: jax.Array, hidden_TBD: jax.Array, keep_BD: Any
     seen_TBD = (seen_TBD * keep_BD).astype(hidden_TBD.dtype)
   if products.rounds() and backend.device_count() == 1:  # over a mesh XLA would make whole what the rows split
     return products.kernel_gradient(*(x.reshape(-1, x.shape[-1]) for x in (seen_TBD, gates_slope_TBG)))
-  slope_DG = jnp.einsum('TBD,TBG->DG', seen_TBD, gates_slope_TBG, preferred_element_type=jnp.float32)
+  operands = products.operand(seen_TBD), products.operand(gates_slope_TBG)
+  slope_DG = jnp.einsum('TBD,TBG->DG', *operands, preferred_element_type=jnp.float32)
   return slope_DG.astype(gates_slope_TBG.dtype)
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from textgen_jax import axes, backend
-from textgen_jax.models import base, recurrence
+from textgen_jax.models import base, products, recurrence
 from textgen_jax.models.recurrence import Carry
 
 KERNELS = ('auto', 'plain', 'triton')  # what `model.recurrence_kernel` may be
@@ -143,7 +143,8 @@ def _backward(interpret: bool, residuals: Any, slopes: tuple[jax.Array, Carry]) 
     hidden_slope_BD = hidden_slope_BD * keep_BD
   if starts_TB is not None:
     hidden_slope_BD, cell_slope_BD = (jnp.where(starts_TB[0, :, None], 0, x_BD) for x_BD in (hidden_slope_BD, cell_slope_BD))
-  kernel_slope_DG = recurrence.kernel_slope(first_hidden_BD, passed['hidden'], keep_BD, starts_TB, slopes_TBG)
+  with products.operands('float32'):  # the kernel doesn't round
+    kernel_slope_DG = recurrence.kernel_slope(first_hidden_BD, passed['hidden'], keep_BD, starts_TB, slopes_TBG)
   return slopes_TBG, slopes_TBG.sum((0, 1), jnp.float32), kernel_slope_DG, (hidden_slope_BD, cell_slope_BD), None, None
 
 

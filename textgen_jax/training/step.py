@@ -145,7 +145,7 @@ def make_train_step(
   A step whose loss or gradient isn't finite leaves parameters, moments, the schedule's count and the carry as they
   were, and so does one whose loss stands `spike_deviations` above the losses before; infinity lets all spikes through. With an `average`
   the state's `params` are that of its `trained` ones. Rows are split over `row_ways` devices.
-  What kernels are multiplied with, and they, are rounded to `product_dtype`.
+  Kernels, and what is multiplied by them, are rounded to `product_dtype` first.
   """
 
   def loss_sum(params: Any, carry: Any, batch: windows.Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Sums]]:
