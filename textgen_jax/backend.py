@@ -5,6 +5,7 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -79,11 +80,16 @@ def _where() -> str:
   return f'JAX runs on {name()}' if is_here() else f'the topology is of {name()}s'
 
 
-@contextlib.contextmanager
-def target(kind: str, count: int = 1, compute_capability: float = OLDEST_GPU) -> Iterator[None]:
+def target(kind: str, count: int = 1, compute_capability: float = OLDEST_GPU) -> contextlib.AbstractContextManager[None]:
   """What is traced within is for so many devices of this kind, whatever JAX runs on."""
-  token = _target.set(Target(kind, count, compute_capability))
+  return within(_target, Target(kind, count, compute_capability))
+
+
+@contextlib.contextmanager
+def within(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
+  """What is traced within sees the variable at this value."""
+  token = variable.set(value)
   try:
     yield
   finally:
-    _target.reset(token)
+    variable.reset(token)

@@ -36,9 +36,7 @@ class Program:
     e, c = experiment, experiment.training
     check_rows(e, mesh)
     self.experiment, self.mesh, self.hook = e, mesh, hook
-    # Processes of one step run one program, whatever CPU each has.
-    platform = 'several' if processes.count() > 1 else backend.name()
-    self.product_dtype = base.operand_dtype(c.product_dtype, platform)
+    self.product_dtype = base.operand_dtype(c.product_dtype, backend.name(), processes.count())
     self.row_ways = sharding.batch_divisor(e.sharding, mesh)
     self.model = build.build(e.model, vocab_size, c.sequence_length, sharding.make_constrain(e.sharding, mesh))
     build.check_kernel(self.model, c.sequence_length, c.mask_documents)

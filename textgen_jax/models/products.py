@@ -9,7 +9,7 @@ while the loop runs, as much memory as the kernel: it is done before loops over 
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,44 +31,35 @@ _turns: contextvars.ContextVar[int] = contextvars.ContextVar('turns', default=1)
 _operands: contextvars.ContextVar[str] = contextvars.ContextVar('operands', default='float32')
 
 
-def operand_dtype(name: str, platform: str) -> str:
+def operand_dtype(name: str, platform: str, num_processes: int = 1) -> str:
   """'auto' is bfloat16 on CPUs that multiply it, where its products took half as long, and else float32; raises UserError.
 
   Args:
     name: one of OPERAND_DTYPES.
     platform: what the program is for: cpu, gpu or tpu.
+    num_processes: several take float32 for 'auto': they run one program, and the others' CPUs aren't known.
   """
   if name not in OPERAND_DTYPES:
     raise errors.not_among('training.product_dtype', name, OPERAND_DTYPES)
   if name != 'auto':
     return name
-  return 'bfloat16' if platform == 'cpu' and backend.cpu_multiplies_bfloat16() else 'float32'
+  return 'bfloat16' if platform == 'cpu' and num_processes == 1 and backend.cpu_multiplies_bfloat16() else 'float32'
 
 
-@contextlib.contextmanager
-def operands(dtype: str) -> Iterator[None]:
+def operands(dtype: str) -> contextlib.AbstractContextManager[None]:
   """Within, float32 is rounded to this type before it is multiplied by kernels; sums and results are float32 still.
 
   The gradients' products do the same. What was jitted and called before doesn't see it.
   """
-  token = _operands.set(dtype)
-  try:
-    yield
-  finally:
-    _operands.reset(token)
+  return backend.within(_operands, dtype)
 
 
-@contextlib.contextmanager
-def loop_body(turns: int) -> Iterator[None]:
+def loop_body(turns: int) -> contextlib.AbstractContextManager[None]:
   """What is traced within is the body of a loop of about so many turns, out of which XLA moves the transposing of the kernels.
 
   It can't where a kernel itself depends on the turn, as in a loop over layers. What was jitted and called before doesn't see it.
   """
-  token = _turns.set(turns)
-  try:
-    yield
-  finally:
-    _turns.reset(token)
+  return backend.within(_turns, turns)
 
 
 def is_faster_by_columns(rows: int, kernel: jax.Array) -> bool:
