@@ -144,6 +144,19 @@ def batches(setting: str, count: int = 16) -> np.ndarray:
   return np.random.default_rng(0).integers(0, VOCAB_SIZE, (count, s.batch_size, s.sequence_length + 1))
 
 
+def our_mesh(rows: int, alone: bool) -> tuple[Any, Any]:
+  """The devices that `train.py` takes."""
+  import jax
+
+  from textgen_jax import compilation, sharding
+
+  config = sharding.ShardingConfig()
+  devices = sharding.cpu_devices(config, rows, alone)
+  jax.config.update('jax_num_cpu_devices', devices)
+  compilation.dispatch_at_once(devices)
+  return config, sharding.make_mesh(config)
+
+
 def our_training(setting: str, own_block: bool, product_dtype: str = 'float32') -> tuple[Any, Any, list[Any]]:
   """The compiled step, a state and batches."""
   import jax
@@ -164,11 +177,7 @@ def our_training(setting: str, own_block: bool, product_dtype: str = 'float32') 
       dim=s.dim, num_layers=s.num_layers, num_heads=s.num_heads, position='learned', norm='layer', activation='gelu', qk_norm=False,
       tied_embedding=True, init='gpt2',
     )  # fmt: skip
-  mesh_config = sharding.ShardingConfig()
-  devices = sharding.cpu_devices(mesh_config, s.batch_size, not s.num_heads or product_dtype != 'float32')
-  jax.config.update('jax_num_cpu_devices', devices)
-  compilation.dispatch_at_once(devices)
-  mesh = sharding.make_mesh(mesh_config)
+  mesh_config, mesh = our_mesh(s.batch_size, alone=bool(s.num_heads) and product_dtype != 'float32')
   model = build.build(config, VOCAB_SIZE, s.sequence_length, sharding.make_constrain(mesh_config, mesh))
   how = optimizer.OptimizerConfig(
     peak_lr=PEAK_LR, final_lr=FINAL_LR, warmup_steps=WARMUP_STEPS, schedule_steps=SCHEDULE_STEPS, b1=B1, b2=B2,
@@ -204,23 +213,28 @@ def our_layer(product_dtype: str) -> Steps:
   import jax.numpy as jnp
   from flax import linen as nn
 
+  from textgen_jax import sharding
   from textgen_jax.models import base, lstm
 
   s = SETTINGS['lstm_layer']
+  mesh_config, mesh = our_mesh(s.batch_size, alone=False)
+  rows = sharding.batch_sharding(mesh_config, mesh)
   layer = lstm.LSTMLayer(lstm.LSTMConfig(dim=s.dim, num_layers=1), 'float32')
   x_TBD = jax.random.normal(jax.random.PRNGKey(0), (s.sequence_length, s.batch_size, s.dim))
   carry = (jnp.zeros((s.batch_size, s.dim)),) * 2
   variables = nn.unbox(layer.init(jax.random.PRNGKey(1), x_TBD, carry, None, None, True))
+  whole, times = sharding.replicated(mesh), sharding.stacked(rows)
+  variables, x_TBD, carry = jax.device_put((variables, x_TBD, carry), (whole, times, rows))
 
-  def total(variables: Any, x_TBD: jax.Array) -> jax.Array:
+  def total(variables: Any, x_TBD: jax.Array, carry: Any) -> jax.Array:
     with base.operands(product_dtype):
       return jnp.square(layer.apply(variables, x_TBD, carry, None, None, True)[0]).sum()
 
-  backward = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
+  backward = jax.jit(jax.value_and_grad(total, argnums=(0, 1)), out_shardings=(whole, (whole, times)))
 
   def steps(count: int) -> float:
     for _ in range(count):
-      loss, grads = backward(variables, x_TBD)
+      loss, grads = backward(variables, x_TBD, carry)
     jax.block_until_ready(grads)
     return float(loss)
 

@@ -96,6 +96,14 @@ def test_a_loop_over_layers_gathers_one_at_a_time(found):
   assert not any(shape[0] == 3 for shape in gathered)  # the layers; nothing else is 3 long
 
 
+def test_rows_of_a_recurrence_s_layers_stay_where_they_are(found):
+  """Time stands before them: flattened, each device would multiply the rows of all."""
+  result = found[8]['wide deep lstm']
+  np.testing.assert_allclose(result['losses'], found[1]['wide deep lstm']['losses'], rtol=1e-5)
+  assert result['gathered'] == []
+  assert result['collectives']['all-reduce']
+
+
 @pytest.mark.parametrize('kind', ['transformer', 'lstm'])
 def test_one_device_has_nobody_to_talk_to(kind, found):
   assert set(found[1][f'wide {kind} 1x1x1']['collectives'].values()) == {0}

@@ -167,12 +167,14 @@ def test_torch_is_hidden_only_while_tensorboard_is_imported(tmp_path, installed)
   assert (done.returncode, done.stderr) == (0, '')
 
 
-@pytest.mark.parametrize(('dtype', 'devices'), [('float32', 2), ('bfloat16', 1)])
-def test_products_of_bfloat16_leave_a_cpu_one_device(dtype, devices):
+@pytest.mark.parametrize(
+  ('dtype', 'model', 'devices'), [('float32', '', 2), ('bfloat16', '', 1), ('bfloat16', 'model=lstm.LSTMConfig(), ', 2)]
+)
+def test_products_of_bfloat16_leave_a_cpu_one_device_but_for_an_lstm(dtype, model, devices):
   code = (
     'import jax; from textgen_jax import compilation, experiment, sharding; sharding._quota = lambda: 2; '
-    'sharding.os.sched_getaffinity = lambda _: {0, 1}; '
-    f'e = experiment.Experiment(training=experiment.TrainingConfig(product_dtype={dtype!r})); compilation.split_cores(e); '
+    'from textgen_jax.models import lstm; sharding.os.sched_getaffinity = lambda _: {0, 1}; '
+    f'e = experiment.Experiment({model}training=experiment.TrainingConfig(product_dtype={dtype!r})); compilation.split_cores(e); '
     'print(jax.device_count(), jax.config.values["jax_cpu_enable_async_dispatch"])'
   )
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}

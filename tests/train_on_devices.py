@@ -38,6 +38,7 @@ def make(
     'transformer': transformer.TransformerConfig(dim=dim, num_layers=1, num_heads=heads, vocab_multiple=8),
     'scanned': transformer.TransformerConfig(dim=dim, num_layers=3, num_heads=heads, vocab_multiple=8, remat='full', scan_layers=True),
     'lstm': lstm.LSTMConfig(dim=dim, num_layers=1, vocab_multiple=8),
+    'deep lstm': lstm.LSTMConfig(dim=dim, num_layers=2, vocab_multiple=8),
   }[kind]
   places = sharding.ShardingConfig(data=data, fsdp=fsdp, tensor=tensor)
   return experiment_lib.Experiment(
@@ -50,7 +51,7 @@ def make(
       num_steps=num_steps,
       batch_size=batch_size,
       sequence_length=8,
-      windows='contiguous' if kind == 'lstm' else 'random',
+      windows='contiguous' if 'lstm' in kind else 'random',
       log_every_steps=1,
       eval_every_steps=0,
       sample_tokens=0,
@@ -162,6 +163,8 @@ def main(num_devices, text, workdir):
   for sizes in WIDE_MESHES.get(num_devices, []):
     for kind in ('transformer', 'lstm'):
       found[f'wide {kind} {"x".join(map(str, sizes))}'] = wide(kind, text, sizes)
+  if num_devices in (1, 8):
+    found['wide deep lstm'] = wide('deep lstm', text, (num_devices, 1, 1))
   for sizes in SCANNED_MESHES.get(num_devices, []):
     found[f'wide scanned {"x".join(map(str, sizes))}'] = wide('scanned', text, sizes)
   if num_devices == 8:

@@ -44,7 +44,7 @@ class LSTMCache:
 
 
 class Gates(nn.Module):
-  """The input's part of the gates, [..., 4 D], and their bias, which the loop adds: added to all times at once, it is one more pass."""
+  """The input's part of the gates, [T, B, 4 D] or a table's [V, 4 D]; and their bias, which the loop adds: it would be one more pass."""
 
   dim: int
   dtype: str
@@ -54,8 +54,8 @@ class Gates(nn.Module):
     init = layers.partitioned(nn.initializers.glorot_uniform(), axes.EMBED, axes.GATES)
     kernel = self.param('kernel', init, (self.dim, 4 * self.dim))
     bias_G = self.param('bias', layers.partitioned(nn.initializers.zeros, axes.GATES), (4 * self.dim,))
-    y = products.dense(x.reshape(-1, self.dim).astype(self.dtype), kernel.astype(self.dtype))
-    return y.reshape(*x.shape[:-1], 4 * self.dim), bias_G
+    multiply = products.dense if x.ndim == 2 else products.dense_time_major
+    return multiply(x.astype(self.dtype), kernel.astype(self.dtype)), bias_G
 
 
 class LSTMLayer(nn.Module):

@@ -63,15 +63,16 @@ def loop_body(turns: int) -> contextlib.AbstractContextManager[None]:
 
 
 def is_faster_by_columns(rows: int, kernel: jax.Array) -> bool:
-  """Rows are those of all devices; `rows` and the kernel's smaller side decide."""
+  """Rows are those of all devices; `rows` and the kernel's smaller side decide, and that nothing is rounded."""
   smaller = min(kernel.shape)
-  return backend.name() == 'cpu' and smaller >= MIN_SIDE and MIN_ROWS <= rows <= smaller // SIDE_PER_ROW
+  fits = smaller >= MIN_SIDE and MIN_ROWS <= rows <= smaller // SIDE_PER_ROW
+  # In bfloat16 128 products of 16 rows with 512 x 2,048 and back take 28 and 35 ms on one core, and 31 and 57 by columns.
+  return fits and backend.name() == 'cpu' and not rounds()
 
 
 def by_columns(x_ND: jax.Array, kernel_FD: jax.Array) -> jax.Array:
   """`x_ND @ kernel_FD.T`. Without the barrier XLA would make it that again."""
-  y_FN = jnp.einsum('FD,ND->FN', kernel_FD, _rounded(x_ND, kernel_FD.dtype), preferred_element_type=x_ND.dtype)
-  return jax.lax.optimization_barrier(y_FN).T
+  return jax.lax.optimization_barrier(jnp.einsum('FD,ND->FN', kernel_FD, x_ND)).T
 
 
 def dense(x_ND: jax.Array, kernel_DF: jax.Array) -> jax.Array:
@@ -79,6 +80,13 @@ def dense(x_ND: jax.Array, kernel_DF: jax.Array) -> jax.Array:
   if rounds():
     return _product(x_ND, kernel_DF, _operands.get(), False)
   return multiplier(kernel_DF, len(x_ND))(x_ND)
+
+
+def dense_time_major(x_TBD: jax.Array, kernel_DF: jax.Array) -> jax.Array:
+  """`x_TBD @ kernel_DF`; flattened, as one device multiplies fastest, several would each gather the rows of all."""
+  if backend.device_count() > 1:
+    return _product(x_TBD, kernel_DF, _operands.get(), False)
+  return dense(_flat(x_TBD), kernel_DF).reshape(*x_TBD.shape[:-1], -1)
 
 
 def dense_transposed(x_ND: jax.Array, kernel_FD: jax.Array) -> jax.Array:
@@ -118,26 +126,38 @@ def rounds() -> bool:
   return _operands.get() != 'float32'
 
 
-def kernel_gradient(x_ND: jax.Array, dy_NF: jax.Array) -> jax.Array:
-  """`x_ND.T @ dy_NF`, for what needs no gradient."""
-  return _kernel_gradient(operand(x_ND), operand(dy_NF), dy_NF.dtype)
+def kernel_gradient(x_TBD: jax.Array, dy_TBF: jax.Array) -> jax.Array:
+  """That of `dense_time_major`'s kernel, [D, F]; it needs no gradient itself."""
+  rows = (x_TBD, dy_TBF) if backend.device_count() > 1 else (_flat(x_TBD), _flat(dy_TBF))
+  return _kernel_gradient(operand(rows[0]), operand(rows[1]), dy_TBF.dtype)
 
 
-def _kernel_gradient(x_ND: jax.Array, dy_NF: jax.Array, sums: Any) -> jax.Array:
-  x_DN = x_ND.T
+def _flat(x: jax.Array) -> jax.Array:
+  return x.reshape(-1, x.shape[-1])
+
+
+def _kernel_gradient(x: jax.Array, dy: jax.Array, sums: Any) -> jax.Array:
+  if x.ndim > 2:
+    rows = tuple(range(x.ndim - 1))
+    return _sum_over(rows, rows, x, dy, sums)
+  x_DN = x.T
   if x_DN.dtype != sums and backend.name() == 'cpu':  # bfloat16 is multiplied fast where what stands on the left lies in rows
     x_DN = layout.with_layout_constraint(x_DN, layout.Layout(major_to_minor=(0, 1)))
-  return _multiply(x_DN, dy_NF, sums)
+  return _multiply(x_DN, dy, sums)
 
 
 def _multiply(a: jax.Array, b: jax.Array, sums: Any, transposed: bool = False) -> jax.Array:
   """`a @ b`, or `a @ b.T`, summed in the type `sums`."""
   if a.dtype == sums:
     return a @ (b.T if transposed else b)
-  # As one operation: of a transpose and a product XLA's CPU backend multiplies float32, and where it moves a transpose from the product to
-  # what is multiplied it can't take bfloat16 at all.
-  axes = ((1,), (1 if transposed else 0,)), ((), ())
-  return jax.lax.optimization_barrier(jax.lax.dot_general(a, b, axes, preferred_element_type=sums))
+  return _sum_over((a.ndim - 1,), (1 if transposed else 0,), a, b, sums)
+
+
+def _sum_over(axes_of_a: tuple[int, ...], axes_of_b: tuple[int, ...], a: jax.Array, b: jax.Array, sums: Any) -> jax.Array:
+  """As one operation: of a transpose and a product XLA's CPU backend multiplies float32, and where it moves a transpose from the product to
+  what is multiplied it can't take bfloat16 at all."""
+  product = jax.lax.dot_general(a, b, ((axes_of_a, axes_of_b), ((), ())), preferred_element_type=sums)
+  return product if a.dtype == sums else jax.lax.optimization_barrier(product)
 
 
 def operand(x: jax.Array) -> jax.Array:
@@ -151,31 +171,31 @@ def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _product(x_ND: jax.Array, kernel: jax.Array, dtype: str, transposed: bool) -> jax.Array:
+def _product(x: jax.Array, kernel: jax.Array, dtype: str, transposed: bool) -> jax.Array:
   """The product of what is rounded to `dtype`; its kernel's gradient is made in the kernel's own layout.
 
   JAX makes it as [F, D] and transposes that; XLA's CPU backend then walks across memory in every pass of the optimizer.
 
   Args:
-    x_ND: rows.
+    x: [..., D]; its leading axes stay apart, so that each may be split.
     kernel: [D, F]; or, `transposed`, [F, D].
     dtype: of the operands.
     transposed: whether the kernel's transpose is multiplied by.
   """
-  return _product_forward(x_ND, kernel, dtype, transposed)[0]
+  return _product_forward(x, kernel, dtype, transposed)[0]
 
 
-def _product_forward(x_ND: jax.Array, kernel: jax.Array, dtype: str, transposed: bool) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _product_forward(x: jax.Array, kernel: jax.Array, dtype: str, transposed: bool) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   with operands(dtype):
-    saved = operand(x_ND), operand(kernel)
-  return _multiply(*saved, x_ND.dtype, transposed), saved
+    saved = operand(x), operand(kernel)
+  return _multiply(*saved, x.dtype, transposed), saved
 
 
-def _product_backward(dtype: str, transposed: bool, saved: tuple[jax.Array, jax.Array], dy_NF: jax.Array) -> tuple[jax.Array, jax.Array]:
-  x_ND, kernel = saved
-  sums, dy_NF = dy_NF.dtype, _rounded(dy_NF, x_ND.dtype)
-  dx_ND = _multiply(dy_NF, kernel, sums, not transposed)
-  return dx_ND, _kernel_gradient(dy_NF, x_ND, sums) if transposed else _kernel_gradient(x_ND, dy_NF, sums)
+def _product_backward(dtype: str, transposed: bool, saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+  x, kernel = saved
+  sums, dy = dy.dtype, _rounded(dy, x.dtype)
+  dx = _multiply(dy, kernel, sums, not transposed)
+  return dx, _kernel_gradient(dy, x, sums) if transposed else _kernel_gradient(x, dy, sums)
 
 
 _product.defvjp(_product_forward, _product_backward)

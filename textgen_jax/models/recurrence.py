@@ -122,11 +122,7 @@ def kernel_slope(first_hidden_BD: jax.Array, hidden_TBD: jax.Array, keep_BD: Any
     seen_TBD = jnp.where(starts_TB[..., None], 0, seen_TBD)
   if keep_BD is not None:
     seen_TBD = (seen_TBD * keep_BD).astype(hidden_TBD.dtype)
-  if products.rounds() and backend.device_count() == 1:  # over a mesh XLA would make whole what the rows split
-    return products.kernel_gradient(*(x.reshape(-1, x.shape[-1]) for x in (seen_TBD, gates_slope_TBG)))
-  operands = products.operand(seen_TBD), products.operand(gates_slope_TBG)
-  slope_DG = jnp.einsum('TBD,TBG->DG', *operands, preferred_element_type=jnp.float32)
-  return slope_DG.astype(gates_slope_TBG.dtype)
+  return products.kernel_gradient(seen_TBD, gates_slope_TBG)
 
 
 def _loop(step: Callable[..., Any], state: Any, inputs: Any, reverse: bool = False) -> Any:
