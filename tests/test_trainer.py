@@ -99,6 +99,17 @@ def snapshot(directory):
 
 
 @pytest.mark.parametrize('kind', MODELS)
+def test_scores_stay_in_float32_where_training_rounds(kind, make, tmp_path):
+  """One step at a rate that changes nothing: the losses on val are of the same parameters."""
+  found = {}
+  for dtype in ('float32', 'bfloat16'):
+    trainer.train(make(kind, rate=1e-30, num_steps=1, eval_every_steps=1, product_dtype=dtype), tmp_path / dtype)
+    found[dtype] = {name: value for line in lines(tmp_path / dtype) for name, value in line.items()}
+  assert found['float32']['val/loss'] == found['bfloat16']['val/loss']
+  assert found['float32']['train/loss'] != found['bfloat16']['train/loss']
+
+
+@pytest.mark.parametrize('kind', MODELS)
 def test_looking_at_a_run_does_not_change_it(kind, make, tmp_path):
   quiet, watched = tmp_path / 'quiet', tmp_path / 'watched'
   trainer.train(make(kind, num_steps=12, log_every_steps=100), quiet)

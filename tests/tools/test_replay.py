@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import spiking
 
-from textgen_jax import trainer
+from textgen_jax import backend, trainer
 from textgen_jax.tools import replay
 from textgen_jax.training import health
 
@@ -79,6 +79,22 @@ def test_a_log_that_differs_is_told(run, tmp_path, capsys):
   out, err = capsys.readouterr()
   assert list(json.loads(out.splitlines()[0])['differences']) == ['loss']
   assert err.splitlines()[-1].startswith('error: step 6: train/loss was logged as ')
+
+
+@pytest.mark.parametrize('kind', ['transformer', 'lstm'])
+def test_products_of_bfloat16_are_replayed_where_the_cpu_multiplies_them(kind, make, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(backend, 'cpu_multiplies_bfloat16', lambda: True)
+  trainer.train(make(kind, num_steps=5, product_dtype='auto'), tmp_path)
+  first, *rest = replay.replay(tmp_path, 5)
+  assert first['differences'] == {}
+  # In float32 each token's loss and each parameter's gradient differ from this by about 1e-3.
+  np.testing.assert_allclose(first['mean_of_token_losses'], first['loss'], rtol=1e-6)
+  norms = [line['grad_norm'] for line in rest if 'parameter' in line]
+  np.testing.assert_allclose(np.linalg.norm(norms), first['grad_norm'], rtol=1e-5)
+  monkeypatch.setattr(backend, 'cpu_multiplies_bfloat16', lambda: False)
+  capsys.readouterr()
+  assert replay.main(['replay', f'--workdir={tmp_path}', '--step=5', '--rows=1']) == 1
+  assert "training.product_dtype='auto' is float32 on this machine" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('policy', ['skip', 'rollback'])

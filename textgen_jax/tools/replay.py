@@ -121,6 +121,9 @@ def replay(directory: str | os.PathLike, number: int, hook: step.LossHook = step
   logged = {name: told.get(f'train/{name}') for name in COMPARED} if told else {}
   applied, spike = int(train_state.updates) > updates, int(train_state.health.spiked_steps) > spikes
   weights_BT = detail.batch.weights_BT
+  differences = {name: [value, values[name]] for name, value in logged.items() if value != values[name]}
+  if differences and experiment.training.product_dtype == 'auto':
+    progress.say(f"training.product_dtype='auto' is {parts.product_dtype} on this machine; on the run's it may have been the other type")
   yield {
     'step': number,
     'from_step': restored,
@@ -131,7 +134,7 @@ def replay(directory: str | os.PathLike, number: int, hook: step.LossHook = step
     'objective': metrics.jsonable(detail.objective),
     'mean_of_token_losses': metrics.jsonable(float((detail.nll_BT.astype(np.float64) * weights_BT).sum() / max(weights_BT.sum(), 1e-30))),
     'logged': logged or None,
-    'differences': {name: [value, values[name]] for name, value in logged.items() if value != values[name]},
+    'differences': differences,
     # The parameters and the carry are what they were where the step wasn't applied.
     **({} if applied or spike else {'diagnosis': _diagnosis(parts, train_state, place, key)}),
   }
