@@ -490,31 +490,40 @@ def test_spans_end_where_something_is_due_and_cover_all_steps():
   assert list(step.spans(7, 7, 4, never)) == []
 
 
-@pytest.mark.parametrize(
-  'config',
-  [
-    transformer.TransformerConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, activation='swiglu', tied_embedding=True),
-    transformer.TransformerConfig(dim=32, num_layers=2, num_heads=2, position='learned', norm='layer', activation='gelu', bias=True),
-    transformer.TransformerConfig(dim=32, num_layers=2, num_heads=2, init='gpt2', remat='full', scan_layers=True),
-    lstm.LSTMConfig(dim=32, num_layers=2),
-    lstm.LSTMConfig(dim=32, num_layers=1, tied_embedding=False, weight_dropout=0.1),
-  ],
-)
-def test_products_of_bfloat16_change_a_step_by_rounding(config, make_model, make_params, make_batch, make_state, recorder):
-  plain = make_model('transformer')
-  model = build.build(config, plain.vocab_size, plain.context_length)
-  tx = optimizer.build(optimizer.OptimizerConfig(kind='muon', schedule_steps=10))
-  params, batch = make_params(model), make_batch(4)
-  old = make_state(params, recorder)
-  grads = {}
-  for dtype in ('float32', 'bfloat16'):
-    new, _ = jax.jit(step.make_train_step(model, recorder, no_rate, 2, product_dtype=dtype))(old, batch)
-    grads[dtype] = new.opt_state
-    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(new.opt_state))
-  assert_trees_close(grads['bfloat16'], grads['float32'], rtol=0.05)
-  assert any((np.asarray(x) != np.asarray(y)).any() for x, y in zip(*map(jax.tree.leaves, grads.values()), strict=True))
-  # The optimizer transposes tall matrices, which XLA would do to their gradients' products.
-  for dtype in ('float32', 'bfloat16'):
-    new, _ = jax.jit(step.make_train_step(model, tx, no_rate, 1, product_dtype=dtype))(make_state(params, tx), batch)
-    grads[dtype] = new.params
-  assert_trees_close(grads['bfloat16'], grads['float32'], rtol=0.05)
+TRANSFORMERS = [
+  transformer.TransformerConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, activation='swiglu', tied_embedding=True),
+  transformer.TransformerConfig(dim=32, num_layers=2, num_heads=2, position='learned', norm='layer', activation='gelu', bias=True),
+  transformer.TransformerConfig(dim=32, num_layers=2, num_heads=2, init='gpt2', remat='full', scan_layers=True),
+]
+LSTMS = [lstm.LSTMConfig(dim=32, num_layers=2), lstm.LSTMConfig(dim=32, num_layers=1, tied_embedding=False, weight_dropout=0.1)]
+
+
+@pytest.fixture
+def steps_of(make_model, make_params, make_batch, make_state):
+  """The state after one step, by the type of its products."""
+
+  def steps(config, tx, accumulation_steps):
+    plain = make_model('transformer')
+    model = build.build(config, plain.vocab_size, plain.context_length)
+    params, batch, found = make_params(model), make_batch(4), []
+    for dtype in ('float32', 'bfloat16'):
+      take = step.make_train_step(model, tx, no_rate, accumulation_steps, product_dtype=dtype)
+      found.append(jax.jit(take)(make_state(params, tx), batch)[0])
+    return found
+
+  return steps
+
+
+@pytest.mark.parametrize('config', [*TRANSFORMERS, *LSTMS])
+def test_products_of_bfloat16_change_a_step_by_rounding(config, steps_of, recorder):
+  plain, rounded = (state.opt_state for state in steps_of(config, recorder, 2))
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(rounded))
+  assert_trees_close(rounded, plain, rtol=0.05)
+  assert any((np.asarray(x) != np.asarray(y)).any() for x, y in zip(*map(jax.tree.leaves, (plain, rounded)), strict=True))
+
+
+@pytest.mark.parametrize('config', [TRANSFORMERS[0], LSTMS[0]])
+def test_muon_takes_gradients_of_bfloat16(config, steps_of):
+  """It transposes tall matrices, which XLA would do to their gradients' products."""
+  plain, rounded = steps_of(config, optimizer.build(optimizer.OptimizerConfig(kind='muon', schedule_steps=10)), 1)
+  assert_trees_close(rounded.params, plain.params, rtol=0.05)
