@@ -144,17 +144,13 @@ def batches(setting: str, count: int = 16) -> np.ndarray:
   return np.random.default_rng(0).integers(0, VOCAB_SIZE, (count, s.batch_size, s.sequence_length + 1))
 
 
-def our_mesh(rows: int, alone: bool) -> tuple[Any, Any]:
-  """The devices that `train.py` takes."""
-  import jax
+def our_mesh(model: Any, rows: int, product_dtype: str) -> tuple[Any, Any]:
+  """Sets JAX up as `train.py` does; gives the configuration of its mesh, and the mesh."""
+  from textgen_jax import compilation, experiment, sharding
 
-  from textgen_jax import compilation, sharding
-
-  config = sharding.ShardingConfig()
-  devices = sharding.cpu_devices(config, rows, alone)
-  jax.config.update('jax_num_cpu_devices', devices)
-  compilation.dispatch_at_once(devices)
-  return config, sharding.make_mesh(config)
+  e = experiment.Experiment(model=model, training=experiment.TrainingConfig(batch_size=rows, product_dtype=product_dtype))
+  compilation.split_cores(e)
+  return e.sharding, sharding.make_mesh(e.sharding)
 
 
 def our_training(setting: str, own_block: bool, product_dtype: str = 'float32') -> tuple[Any, Any, list[Any]]:
@@ -177,7 +173,7 @@ def our_training(setting: str, own_block: bool, product_dtype: str = 'float32') 
       dim=s.dim, num_layers=s.num_layers, num_heads=s.num_heads, position='learned', norm='layer', activation='gelu', qk_norm=False,
       tied_embedding=True, init='gpt2',
     )  # fmt: skip
-  mesh_config, mesh = our_mesh(s.batch_size, alone=bool(s.num_heads) and product_dtype != 'float32')
+  mesh_config, mesh = our_mesh(config, s.batch_size, product_dtype)
   model = build.build(config, VOCAB_SIZE, s.sequence_length, sharding.make_constrain(mesh_config, mesh))
   how = optimizer.OptimizerConfig(
     peak_lr=PEAK_LR, final_lr=FINAL_LR, warmup_steps=WARMUP_STEPS, schedule_steps=SCHEDULE_STEPS, b1=B1, b2=B2,
@@ -217,9 +213,10 @@ def our_layer(product_dtype: str) -> Steps:
   from textgen_jax.models import base, lstm
 
   s = SETTINGS['lstm_layer']
-  mesh_config, mesh = our_mesh(s.batch_size, alone=False)
+  config = lstm.LSTMConfig(dim=s.dim, num_layers=1)
+  mesh_config, mesh = our_mesh(config, s.batch_size, product_dtype)
   rows = sharding.batch_sharding(mesh_config, mesh)
-  layer = lstm.LSTMLayer(lstm.LSTMConfig(dim=s.dim, num_layers=1), 'float32')
+  layer = lstm.LSTMLayer(config, 'float32')
   x_TBD = jax.random.normal(jax.random.PRNGKey(0), (s.sequence_length, s.batch_size, s.dim))
   carry = (jnp.zeros((s.batch_size, s.dim)),) * 2
   variables = nn.unbox(layer.init(jax.random.PRNGKey(1), x_TBD, carry, None, None, True))

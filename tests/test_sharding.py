@@ -98,10 +98,15 @@ def test_a_loop_over_layers_gathers_one_at_a_time(found):
 
 def test_rows_of_a_recurrence_s_layers_stay_where_they_are(found):
   """Time stands before them: flattened, each device would multiply the rows of all."""
-  result = found[8]['wide deep lstm']
-  np.testing.assert_allclose(result['losses'], found[1]['wide deep lstm']['losses'], rtol=1e-5)
-  assert result['gathered'] == []
-  assert result['collectives']['all-reduce']
+  for sizes in ('8x1x1', '2x4x1', '2x2x2', '1x1x8'):
+    result = found[8][f'wide deep lstm {sizes}']
+    np.testing.assert_allclose(result['losses'], found[1]['wide deep lstm 1x1x1']['losses'], rtol=1e-5)
+    assert not [shape for shape in result['gathered'] if shape.count(',') == 2]
+    assert result['collectives']['all-reduce']
+
+
+def test_few_rows_by_columns_on_all_devices_alike(found):
+  np.testing.assert_allclose(found[2]['by columns']['losses'], found[1]['lstm 1x1']['losses'], rtol=1e-5)
 
 
 @pytest.mark.parametrize('kind', ['transformer', 'lstm'])
@@ -236,15 +241,16 @@ def test_one_device_constrains_nothing():
 @pytest.mark.parametrize(
   ('rows', 'cores', 'changes', 'expected'),
   [
-    (12, 2, {}, 2), (12, 8, {}, 6), (7, 4, {}, 1), (12, 5, {'alone': True}, 1), (12, 2, {'data': 1}, 1), (12, 2, {'fsdp': 2}, 1),
+    (12, 2, {}, 2), (12, 8, {}, 6), (7, 4, {}, 1), (12, 5, {'fewest_rows': 12}, 1), (12, 2, {'data': 1}, 1), (12, 2, {'fsdp': 2}, 1),
+    (12, 8, {'fewest_rows': 4}, 3), (12, 8, {'fewest_rows': 5}, 2), (12, 8, {'fewest_rows': 16}, 1),
     (64, 64, {}, 8), (7, 4, {'cpu_devices': 3}, 3), (12, 2, {'cpu_devices': 1}, 1),
   ],
 )  # fmt: skip
 def test_rows_are_split_over_as_many_cores_as_divide_them(monkeypatch, rows, cores, changes, expected):
   monkeypatch.setattr(sharding.os, 'sched_getaffinity', lambda _: set(range(cores)), raising=False)
   monkeypatch.setattr(sharding, '_quota', lambda: 99)
-  alone = changes.pop('alone', False)
-  assert sharding.cpu_devices(sharding.ShardingConfig(**changes), rows, alone) == expected
+  fewest_rows = changes.pop('fewest_rows', 1)
+  assert sharding.cpu_devices(sharding.ShardingConfig(**changes), rows, fewest_rows) == expected
 
 
 @pytest.mark.parametrize(('told', 'cores'), [('200000 100000', 2), ('50000 100000', 1), ('max 100000', 8), ('', 8)])
@@ -254,4 +260,4 @@ def test_a_container_s_quota_counts(monkeypatch, tmp_path, told, cores):
   assert sharding._quota(str(tmp_path / 'none')) == sharding.MOST_CPU_DEVICES
   monkeypatch.setattr(sharding, '_quota', lambda: cores)
   monkeypatch.setattr(sharding.os, 'sched_getaffinity', lambda _: set(range(64)), raising=False)
-  assert sharding.cpu_devices(sharding.ShardingConfig(), 64, alone=False) == cores
+  assert sharding.cpu_devices(sharding.ShardingConfig(), 64) == cores

@@ -19,7 +19,7 @@ import numpy as np
 from textgen_jax import assembly, errors, sharding, trainer, trees
 from textgen_jax import experiment as experiment_lib
 from textgen_jax.data import corpora, tokens
-from textgen_jax.models import attention_kernels, lstm, recurrence_kernels, transformer
+from textgen_jax.models import attention_kernels, lstm, products, recurrence_kernels, transformer
 from textgen_jax.text import base
 from textgen_jax.training import checkpoints, evaluate, losses, optimizer, step
 
@@ -161,10 +161,8 @@ def main(num_devices, text, workdir):
   jax.config.update('jax_disable_most_optimizations', True)
   found = {}
   for sizes in WIDE_MESHES.get(num_devices, []):
-    for kind in ('transformer', 'lstm'):
+    for kind in ('transformer', 'lstm', 'deep lstm'):
       found[f'wide {kind} {"x".join(map(str, sizes))}'] = wide(kind, text, sizes)
-  if num_devices in (1, 8):
-    found['wide deep lstm'] = wide('deep lstm', text, (num_devices, 1, 1))
   for sizes in SCANNED_MESHES.get(num_devices, []):
     found[f'wide scanned {"x".join(map(str, sizes))}'] = wide('scanned', text, sizes)
   if num_devices == 8:
@@ -180,6 +178,8 @@ def main(num_devices, text, workdir):
   for kind in ('transformer', 'lstm'):
     found[f'rounded {kind}'] = losses_and_places(make(kind, text, data=data, fsdp=fsdp, product_dtype='bfloat16'))
   if num_devices == 2:
+    with mock.patch.multiple(products, MIN_SIDE=1, SIDE_PER_ROW=1, MIN_TURNS=1):
+      found['by columns'] = losses_and_places(make('lstm', text))
     found['split rows'] = split_rows()
     found['split recurrence'] = split_recurrence()
     found['transformer tensor'] = losses_and_places(make('transformer', text, data=1, fsdp=2, rules=TENSOR_RULES))

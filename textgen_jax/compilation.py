@@ -17,6 +17,7 @@ from textgen_jax.models import base, build
 
 _SHA256_BYTES = 32
 # Devices of one CPU that wait for each other longer than 40 s end the process: on a laptop that slept, or where many processes share cores.
+FEWEST_RECURRENT_ROWS = 16  # of a device among several: each reads the recurrent kernel at each time, whatever rows it has
 _PATIENCE = '--xla_cpu_collective_call_terminate_timeout_seconds=86400'
 _PATIENT_VERSIONS = ((0, 10),)  # that know the flag: an unknown one ends the process too
 _jax_cache = compilation_cache.get_file_cache
@@ -42,10 +43,13 @@ def split_cores(experiment: experiment_lib.Experiment, several_processes: bool =
   if jax.config.values['jax_num_cpu_devices'] != -1 or 'xla_force_host_platform_device_count' in flags:
     return
   c = experiment.training
-  # Products of bfloat16 take so little of a Transformer's step that a device a core loses by it, 28 ms for 35; an LSTM's gains, 187 to 150.
-  rounds = experiment.model.compute_dtype != 'bfloat16' and base.operand_dtype(c.product_dtype, 'cpu') == 'bfloat16'
-  alone = rounds and not build.carries(experiment.model)
-  devices = sharding.cpu_devices(experiment.sharding, c.batch_size // c.accumulation_steps, alone)
+  rows = c.batch_size // c.accumulation_steps
+  if build.carries(experiment.model):
+    fewest_rows = FEWEST_RECURRENT_ROWS
+  else:  # products of bfloat16 take so little of a step that a device a core loses by it: 28 ms for 35
+    rounds = experiment.model.compute_dtype != 'bfloat16' and base.operand_dtype(c.product_dtype, 'cpu') == 'bfloat16'
+    fewest_rows = rows if rounds else 1
+  devices = sharding.cpu_devices(experiment.sharding, rows, fewest_rows)
   if several_processes and not experiment.sharding.cpu_devices:
     devices = 1
   patient = jax.__version_info__[:2] in _PATIENT_VERSIONS

@@ -17,6 +17,7 @@ from textgen_jax import axes, errors, processes, trees
 from textgen_jax.models import base
 
 MOST_CPU_DEVICES = 8  # each holds a copy of the state and meets the others in every sum; more than 2 are unmeasured
+MOST_TOLD_CPU_DEVICES = 512  # each is a thread and more: 200 took 21 s to train a few steps, 9,999 more than a minute to begin
 MESH_AXES = ('data', 'fsdp', 'tensor')
 
 
@@ -44,8 +45,8 @@ def check(config: ShardingConfig) -> None:
     size = getattr(config, name)
     if size != -1 and size < 1:
       raise errors.UserError(f'sharding.{name}={size} is neither -1 nor at least 1')
-  if config.cpu_devices < 0:
-    raise errors.UserError(f'sharding.cpu_devices={config.cpu_devices} is below 0')
+  if not 0 <= config.cpu_devices <= MOST_TOLD_CPU_DEVICES:
+    raise errors.UserError(f'sharding.cpu_devices={config.cpu_devices} is not in [0, {MOST_TOLD_CPU_DEVICES}]')
   rest = [f'sharding.{name}=-1' for name in MESH_AXES if getattr(config, name) == -1]
   if len(rest) > 1:
     raise errors.UserError(f'{" and ".join(rest)}: only one of them can take the devices that are left')
@@ -60,7 +61,7 @@ def check(config: ShardingConfig) -> None:
       raise errors.UserError(f'sharding.rules splits {one!r} and {other!r} of one array over the same mesh axis, {min(shared)!r}')
 
 
-def cpu_devices(config: ShardingConfig, rows: int, alone: bool) -> int:
+def cpu_devices(config: ShardingConfig, rows: int, fewest_rows: int = 1) -> int:
   """How many devices the cores are split into.
 
   Each has a copy of the state. XLA runs the work between matrix products on one core; with a share of the rows each, all cores have some
@@ -69,14 +70,15 @@ def cpu_devices(config: ShardingConfig, rows: int, alone: bool) -> int:
   Args:
     config: an explicit mesh is left alone.
     rows: of a micro-batch.
-    alone: whether one device does better.
+    fewest_rows: that each of several devices has.
   """
   if config.cpu_devices:
     return config.cpu_devices
-  if alone or (config.data, config.fsdp, config.tensor) != (-1, 1, 1):
+  if (config.data, config.fsdp, config.tensor) != (-1, 1, 1):
     return 1
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-  return max(n for n in range(1, min(cores, _quota(), MOST_CPU_DEVICES) + 1) if rows % n == 0)
+  most = max(1, min(cores, _quota(), MOST_CPU_DEVICES, rows // fewest_rows))
+  return max(n for n in range(1, most + 1) if rows % n == 0)
 
 
 def _quota(path: str = '/sys/fs/cgroup/cpu.max') -> int:

@@ -148,6 +148,41 @@ def test_operands_are_rounded_and_sums_are_not(rows, transposed):
     np.testing.assert_allclose(found, correct, rtol=1e-5, atol=1e-5 * np.abs(correct).max())
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('devices', [1, 2])
+def test_rows_behind_times_are_multiplied_as_rows(devices, dtype):
+  rng = np.random.default_rng(0)
+  x_TBD, kernel_DF, dy_TBF = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, 3, D), (D, F), (5, 3, F)))
+  with backend.target('cpu', devices):
+    multiply = within_operands(dtype, products.dense_time_major)
+    y_TBF, pull = jax.jit(lambda *args: jax.vjp(multiply, *args))(x_TBD, kernel_DF)
+    gradient = jax.jit(within_operands(dtype, products.kernel_gradient))(x_TBD, dy_TBF)
+    text = jax.jit(multiply).lower(x_TBD, kernel_DF).as_text()
+  # Over several devices nothing is flattened.
+  assert (f'tensor<15x{D}x' in text) == (devices == 1)
+  x, kernel, dy = (rounded(z) if dtype == 'bfloat16' else np.asarray(z, np.float64) for z in (x_TBD, kernel_DF, dy_TBF))
+  slope = np.einsum('TBD,TBF->DF', x, dy)
+  for found, correct in zip((y_TBF, *pull(dy_TBF), gradient), (x @ kernel, dy @ kernel.T, slope, slope), strict=True):
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, correct, rtol=1e-5, atol=1e-5 * np.abs(correct).max())
+
+
+def test_one_time_of_few_rows_is_by_columns_on_any_number_of_devices():
+  x_TBD, kernel_DF = jnp.zeros((1, ROWS, D)), jnp.zeros((D, F))
+  for devices in (1, 2):
+    with backend.target('cpu', devices):
+      assert is_by_columns(within(TURNS, products.dense_time_major), x_TBD, kernel_DF)
+
+
+def test_a_gradient_over_all_times_is_summed_in_float32():
+  """Where what is multiplied is bfloat16 already, too: each device's part of the sum isn't rounded before they are added up."""
+  with backend.target('cpu', 2):
+    args = jnp.zeros((4, 2, 8), jnp.bfloat16), jnp.zeros((4, 2, 8), jnp.bfloat16)
+    text = jax.jit(products.kernel_gradient).lower(*args).as_text()
+  (line,) = [line for line in text.splitlines() if 'dot_general' in line]
+  assert line.endswith('-> tensor<8x8xf32>')
+
+
 def test_operands_stay_as_they_are_unless_told():
   x_ND, kernel_DF = rows_and_kernel()
   found = jax.jit(within_operands('float32', products.dense))(x_ND, kernel_DF)

@@ -1,6 +1,10 @@
 import functools
 import json
+import os
+import subprocess
+import sys
 
+import conftest
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -94,7 +98,22 @@ def test_products_of_bfloat16_are_replayed_where_the_cpu_multiplies_them(kind, m
   monkeypatch.setattr(backend, 'cpu_multiplies_bfloat16', lambda: False)
   capsys.readouterr()
   assert replay.main(['replay', f'--workdir={tmp_path}', '--step=5', '--rows=1']) == 1
-  assert "training.product_dtype='auto' is float32 on this machine" in capsys.readouterr().err
+  assert ' and products of float32: other bits may come of a run that had others' in capsys.readouterr().err
+
+
+def test_a_run_on_two_devices_of_a_cpu_is_replayed_on_two(make, tmp_path):
+  """By processes of their own: this one's devices are settled."""
+  experiment = make(num_steps=3, checkpoint_every_steps=2)
+  config = [f'--config={conftest.CONFIGS}/debug.py', f'--config.data.path={experiment.data.path}', '--config.sharding.cpu_devices=2']
+  flat = {'num_steps': 3, 'batch_size': 4, 'sequence_length': 8, 'checkpoint_every_steps': 2, 'log_every_steps': 1, 'sample_tokens': 0}
+  config += [f'--config.training.{name}={value}' for name, value in flat.items()]
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+  for command in (['train.py', *config], ['-m', 'textgen_jax.tools.replay', '--step=3']):
+    command = [sys.executable, *command, f'--workdir={tmp_path}/run']
+    done = subprocess.run(command, cwd=conftest.CONFIGS.parent, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+  first = json.loads(done.stdout.splitlines()[0])
+  assert (first['from_step'], first['differences']) == (2, {})
 
 
 @pytest.mark.parametrize('policy', ['skip', 'rollback'])

@@ -66,7 +66,7 @@ def is_faster_by_columns(rows: int, kernel: jax.Array) -> bool:
   """Rows are those of all devices; `rows` and the kernel's smaller side decide, and that nothing is rounded."""
   smaller = min(kernel.shape)
   fits = smaller >= MIN_SIDE and MIN_ROWS <= rows <= smaller // SIDE_PER_ROW
-  # In bfloat16 128 products of 16 rows with 512 x 2,048 and back take 28 and 35 ms on one core, and 31 and 57 by columns.
+  # In bfloat16 128 products of 32 rows with 512 x 2,048, 16 on each of two devices, take 28 ms and 35 back, and 31 and 57 by columns.
   return fits and backend.name() == 'cpu' and not rounds()
 
 
@@ -83,10 +83,10 @@ def dense(x_ND: jax.Array, kernel_DF: jax.Array) -> jax.Array:
 
 
 def dense_time_major(x_TBD: jax.Array, kernel_DF: jax.Array) -> jax.Array:
-  """`x_TBD @ kernel_DF`; flattened, as one device multiplies fastest, several would each gather the rows of all."""
-  if backend.device_count() > 1:
-    return _product(x_TBD, kernel_DF, _operands.get(), False)
-  return dense(_flat(x_TBD), kernel_DF).reshape(*x_TBD.shape[:-1], -1)
+  """`x_TBD @ kernel_DF`, [T, B, F]."""
+  x = _rows(x_TBD)
+  y = dense(x, kernel_DF) if x.ndim == 2 else _product(x, kernel_DF, _operands.get(), False)
+  return y.reshape(*x_TBD.shape[:-1], -1)
 
 
 def dense_transposed(x_ND: jax.Array, kernel_FD: jax.Array) -> jax.Array:
@@ -127,13 +127,16 @@ def rounds() -> bool:
 
 
 def kernel_gradient(x_TBD: jax.Array, dy_TBF: jax.Array) -> jax.Array:
-  """That of `dense_time_major`'s kernel, [D, F]; it needs no gradient itself."""
-  rows = (x_TBD, dy_TBF) if backend.device_count() > 1 else (_flat(x_TBD), _flat(dy_TBF))
-  return _kernel_gradient(operand(rows[0]), operand(rows[1]), dy_TBF.dtype)
+  """The gradient of a kernel that `x_TBD` was multiplied by, [D, F], summed in float32; it isn't to be differentiated itself."""
+  return _kernel_gradient(operand(_rows(x_TBD)), operand(_rows(dy_TBF)), jnp.float32).astype(dy_TBF.dtype)
 
 
-def _flat(x: jax.Array) -> jax.Array:
-  return x.reshape(-1, x.shape[-1])
+def _rows(x_TBD: jax.Array) -> jax.Array:
+  """Flattened, as it is multiplied fastest, where there is one time or one device: several would each gather the rows of all.
+
+  XLA keeps rows apart only if nothing stands before them.
+  """
+  return x_TBD if backend.device_count() > 1 and len(x_TBD) > 1 else x_TBD.reshape(-1, x_TBD.shape[-1])
 
 
 def _kernel_gradient(x: jax.Array, dy: jax.Array, sums: Any) -> jax.Array:
@@ -154,10 +157,13 @@ def _multiply(a: jax.Array, b: jax.Array, sums: Any, transposed: bool = False) -
 
 
 def _sum_over(axes_of_a: tuple[int, ...], axes_of_b: tuple[int, ...], a: jax.Array, b: jax.Array, sums: Any) -> jax.Array:
-  """As one operation: of a transpose and a product XLA's CPU backend multiplies float32, and where it moves a transpose from the product to
-  what is multiplied it can't take bfloat16 at all."""
+  """The product of `a` and `b`, summed over these axes in the type `sums`."""
   product = jax.lax.dot_general(a, b, ((axes_of_a, axes_of_b), ((), ())), preferred_element_type=sums)
-  return product if a.dtype == sums else jax.lax.optimization_barrier(product)
+  if a.dtype == sums or backend.name() != 'cpu':
+    return product
+  # As one operation: of a transpose and a product XLA's CPU backend multiplies float32, and where it moves a transpose from the product to
+  # what is multiplied it can't take bfloat16 at all.
+  return jax.lax.optimization_barrier(product)
 
 
 def operand(x: jax.Array) -> jax.Array:

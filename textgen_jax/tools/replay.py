@@ -122,8 +122,9 @@ def replay(directory: str | os.PathLike, number: int, hook: step.LossHook = step
   applied, spike = int(train_state.updates) > updates, int(train_state.health.spiked_steps) > spikes
   weights_BT = detail.batch.weights_BT
   differences = {name: [value, values[name]] for name, value in logged.items() if value != values[name]}
-  if differences and experiment.training.product_dtype == 'auto':
-    progress.say(f"training.product_dtype='auto' is {parts.product_dtype} on this machine; on the run's it may have been the other type")
+  if differences:
+    here = f'{jax.device_count()} devices of kind {jax.devices()[0].device_kind} and products of {parts.product_dtype}'
+    progress.say(f'this replay has {here}: other bits may come of a run that had others, or went on with others later')
   yield {
     'step': number,
     'from_step': restored,

@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # what imports JAX is imported where it is used, after the fl
   from textgen_jax.tools import sweep_results
 
 MOST_COMBINATIONS = 1000  # each is built before the first trains
+MOST_SEEDS = 1000
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,8 +60,8 @@ def _main(argv: Sequence[str]) -> None:
     return
   if not values.output:
     raise errors.UserError('--output is missing: name a directory for the results, such as --output=runs/sweep')
-  if values.seeds < 1:
-    raise errors.UserError(f'--seeds={values.seeds} is below 1')
+  if not 1 <= values.seeds <= MOST_SEEDS:
+    raise errors.UserError(f'--seeds={values.seeds} is not in [1, {MOST_SEEDS}]')
   from textgen_jax import compilation
   from textgen_jax.tools import sweep_results
 
@@ -88,6 +89,7 @@ def combinations(configuration: Sequence[str], grid: Sequence[str]) -> 'list[swe
   axes: dict[str, list[str]] = {}
   for text in grid:
     field, equals, listed = text.partition('=')
+    field = field.strip()
     if not (field and equals):
       raise errors.UserError(f'--grid={text!r} is not FIELD=VALUE,VALUE,..., such as optimizer.peak_lr=1e-3,3e-3')
     if field == 'seed':

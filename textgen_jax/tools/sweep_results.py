@@ -123,7 +123,10 @@ class Results:
 
   def __init__(self, directory: pathlib.Path, command: str):
     self.path, self._command = directory / 'results.jsonl', command
-    lines = self.path.read_text(encoding='utf-8').splitlines() if self.path.exists() else []
+    try:
+      lines = self.path.read_text(encoding='utf-8').splitlines() if self.path.exists() else []
+    except ValueError as error:
+      raise errors.UserError(f'{self.path} is no text in UTF-8, and no results of a sweep: {error}') from error
     self.records = [record_from(line, f'{self.path}, line {number}') for number, line in enumerate(lines, start=1)]
 
   def missing(self, experiment: experiment_lib.Experiment, fingerprint: str, num_seeds: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Checkpoints that know whether they are whole: params apart from the rest, with what is needed to read them."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -46,20 +47,24 @@ class Checkpoints:
     self._begun: int | None = None  # the last one that was
     self._failure = ''  # of the last save; orbax tells each of its threads' by itself
     self._problems: dict[tuple[int, tuple[str, ...]], str | None] = {}  # what was looked at already
+    self._name = f'{self._directory}#{next(_COUNTER)}'  # which no other has
+    self._saves = 0  # begun by this process
+    if not read_only:
+      _ = self._checkpointer  # orbax is imported while XLA reads the compiled step
+      processes.from_leader(self._begin)
+
+  @functools.cached_property
+  def _checkpointer(self) -> Any:
+    """Made where arrays are read: it settles JAX's devices, which a reader of `about` may yet have to choose."""
     ocp = _orbax()
     handlers = {'params': ocp.StandardCheckpointHandler(), 'state': ocp.StandardCheckpointHandler(), 'about': ocp.JsonCheckpointHandler()}
     noise.hush()
     # Orbax's CheckpointManager isn't used: it lists steps that aren't committed, and takes an empty folder or a link for one.
-    self._checkpointer = ocp.AsyncCheckpointer(
+    return ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(**handlers),
       # Called on the complete folder before the rename that commits it, without arguments.
       async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_S, post_finalization_callback=self._seal, barrier_sync_fn=self._meet),
     )
-    self._barrier = ocp.multihost.get_barrier_sync_fn()
-    self._name = f'{self._directory}#{next(_COUNTER)}'  # which no other has
-    self._saves = 0  # begun by this process
-    if not read_only:
-      processes.from_leader(self._begin)
 
   def _begin(self) -> None:
     self._directory.mkdir(parents=True, exist_ok=True)
@@ -89,7 +94,7 @@ class Checkpoints:
 
   def _meet(self, *, key: str, timeout_ms: int) -> None:
     """Orbax's barrier, in a thread of its own. Once all files are written each process measures its own, which memory may still hold."""
-    self._barrier(key=key, timeout_ms=timeout_ms)
+    _orbax().multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
     if 'async_write_complete' in key:
       own = integrity.measured(self._folder(), f'*/ocdbt.process_{processes.index()}/**/*')
       processes.tell(f'{self._name}/{self._saves}', own)
