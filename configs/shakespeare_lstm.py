@@ -2,8 +2,8 @@
 
   python train.py --config=configs/shakespeare_lstm.py --workdir=runs/shakespeare_lstm
 
-Cost: 2.5 minutes on two CPU cores. Score: 1.459 nats, 2.105 bits per byte on the whole val
-split (The Taming of the Shrew, Coriolanus). How its sizes and rates were chosen: docs/recipes.md.
+Cost: 1.8 minutes on two CPU cores that multiply bfloat16. Score: 1.450 nats, 2.092 bits per byte on the
+whole val split (The Taming of the Shrew, Coriolanus). How its sizes and rates were chosen: docs/recipes.md.
 """
 
 from textgen_jax import experiment

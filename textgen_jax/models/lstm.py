@@ -44,7 +44,10 @@ class LSTMCache:
 
 
 class Gates(nn.Module):
-  """The input's part of the gates, [T, B, 4 D] or a table's [V, 4 D]; and their bias, which the loop adds: here it is one more pass."""
+  """The input's part of the gates, [T, B, 4 D] or a table's [V, 4 D]; and their bias.
+
+  The loop adds the bias: added to all times at once, it is one more pass.
+  """
 
   dim: int
   dtype: str
