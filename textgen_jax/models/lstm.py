@@ -124,8 +124,8 @@ def look_up(table_VG: jax.Array, ids_TB: jax.Array) -> jax.Array:
 def _look_up_backward(residuals: tuple[jax.Array, jax.Array], slope_TBG: jax.Array) -> tuple[jax.Array, None]:
   ids_TB, table_VG = residuals
   hot_TBV = jax.nn.one_hot(ids_TB, len(table_VG), dtype=slope_TBG.dtype)
-  slope_VG = jnp.einsum('TBV,TBG->VG', hot_TBV, slope_TBG, preferred_element_type=jnp.float32)
-  return slope_VG.astype(table_VG.dtype), None
+  with products.operands('float32'):  # a look-up rounds nothing
+    return products.kernel_gradient(hot_TBV, slope_TBG).astype(table_VG.dtype), None
 
 
 look_up.defvjp(lambda table_VG, ids_TB: (look_up(table_VG, ids_TB), (ids_TB, table_VG)), _look_up_backward)
