@@ -16,8 +16,8 @@ from textgen_jax.data import downloads
 from textgen_jax.models import base, build
 
 _SHA256_BYTES = 32
-# Devices of one CPU that wait for each other longer than 40 s end the process: on a laptop that slept, or where many processes share cores.
 FEWEST_RECURRENT_ROWS = 16  # of a device among several: each reads the recurrent kernel at each time, whatever rows it has
+# Devices of one CPU that wait for each other longer than 40 s end the process: on a laptop that slept, or where many processes share cores.
 _PATIENCE = '--xla_cpu_collective_call_terminate_timeout_seconds=86400'
 _PATIENT_VERSIONS = ((0, 10),)  # that know the flag: an unknown one ends the process too
 _jax_cache = compilation_cache.get_file_cache

@@ -35,7 +35,7 @@ class ShardingConfig:
   data: int = -1  # copies of the parameters; -1: all devices that are left
   fsdp: int = 1  # devices that share one copy of parameters and optimizer state; -1: all that are left
   tensor: int = 1  # devices that share the work of each row: heads, hidden units and vocabulary; -1: all that are left
-  cpu_devices: int = 0  # that a CPU's cores are split into; 0: one a core where rows divide; 1 for a Transformer of bfloat16 products
+  cpu_devices: int = 0  # of a CPU; 0: one a core where rows divide, 16 each for an LSTM; one of all for other models with bfloat16 products
   rules: dict[str, list[str]] = dataclasses.field(default_factory=_default_rules)
 
 

@@ -101,15 +101,14 @@ def test_products_of_bfloat16_are_replayed_where_the_cpu_multiplies_them(kind, m
   assert ' and products of float32: other bits may come of a run that had others' in capsys.readouterr().err
 
 
-def test_a_run_on_two_devices_of_a_cpu_is_replayed_on_two(make, tmp_path):
+def test_a_run_on_two_devices_of_a_cpu_is_replayed_on_two(text_file, tmp_path):
   """By processes of their own: this one's devices are settled."""
-  experiment = make(num_steps=3, checkpoint_every_steps=2)
-  config = [f'--config={conftest.CONFIGS}/debug.py', f'--config.data.path={experiment.data.path}', '--config.sharding.cpu_devices=2']
-  flat = {'num_steps': 3, 'batch_size': 4, 'sequence_length': 8, 'checkpoint_every_steps': 2, 'log_every_steps': 1, 'sample_tokens': 0}
-  config += [f'--config.training.{name}={value}' for name, value in flat.items()]
+  training = {'num_steps': 3, 'checkpoint_every_steps': 2, 'log_every_steps': 1}
+  flags = ['--config.sharding.cpu_devices=2', *(f'--config.training.{name}={value}' for name, value in training.items())]
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
-  for command in (['train.py', *config], ['-m', 'textgen_jax.tools.replay', '--step=3']):
-    command = [sys.executable, *command, f'--workdir={tmp_path}/run']
+  run = tmp_path / 'run'
+  for command in (conftest.train_argv(run, text_file, *flags), ['-m', 'textgen_jax.tools.replay', f'--workdir={run}', '--step=3']):
+    command = [sys.executable, *command]
     done = subprocess.run(command, cwd=conftest.CONFIGS.parent, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
   first = json.loads(done.stdout.splitlines()[0])

@@ -525,7 +525,7 @@ def test_products_of_bfloat16_change_a_step_by_rounding(config, steps_of, record
 
 @pytest.mark.parametrize('config', [TRANSFORMERS[0], LSTMS[0]])
 def test_muon_takes_gradients_of_bfloat16(config, steps_of):
-  """It transposes tall matrices, which XLA may do to their gradients' products. Orthogonal, what is small in it counts too."""
+  """It transposes tall matrices, which XLA may do to their gradients' products; what it makes orthogonal has no small parts."""
   tx = optimizer.build(optimizer.OptimizerConfig(kind='muon', schedule_steps=10, warmup_steps=0, weight_decay=0.0))
   old, plain, rounded = steps_of(config, tx, 1)
   before, plain, rounded = (dict(trees.named_leaves(state.params)) for state in (old, plain, rounded))

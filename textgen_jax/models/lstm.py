@@ -125,7 +125,7 @@ def _look_up_backward(residuals: tuple[jax.Array, jax.Array], slope_TBG: jax.Arr
   ids_TB, table_VG = residuals
   hot_TBV = jax.nn.one_hot(ids_TB, len(table_VG), dtype=slope_TBG.dtype)
   with products.operands('float32'):  # a look-up rounds nothing
-    return products.kernel_gradient(hot_TBV, slope_TBG).astype(table_VG.dtype), None
+    return products.kernel_gradient(hot_TBV, slope_TBG), None
 
 
 look_up.defvjp(lambda table_VG, ids_TB: (look_up(table_VG, ids_TB), (ids_TB, table_VG)), _look_up_backward)

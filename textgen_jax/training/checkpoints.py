@@ -140,6 +140,8 @@ class Checkpoints:
     return errors.MachineFailed(self._failure)
 
   def close(self) -> None:
+    if '_checkpointer' not in vars(self):  # nothing was saved or restored
+      return
     if processes.count() == 1:
       self.wait()
     else:  # the others may be elsewhere, and deleting is done by all
