@@ -8,7 +8,8 @@ Settings: nanoGPT's for CPUs (0.80 M parameters, 12 rows of 64 tokens), nanoGPT'
 PyTorch and beside itself, written in PyTorch; and, on a CPU that multiplies bfloat16, with products of it (`training.product_dtype=auto`),
 beside PyTorch's autocast to it. A step is forward, backward, a clip of the gradient by its global norm and AdamW, on batches
 that are made beforehand; `LSTM layer` is forward and backward of one layer alone. Each contender has a process of its own that sleeps while
-another is timed; PyTorch has as many threads as there are cores. The share of the peak is of the fastest of some square float32 products in
+another is timed; PyTorch has as many threads as there are cores, and malloc as the system has it; an LSTM of PyTorch's gains from ours
+(`textgen_jax/allocator.py`), so that it is shown with it too. The share of the peak is of the fastest of some square float32 products in
 numpy, measured in the same run; products that an LSTM with few tokens needn't do count as done.
 """
 
@@ -41,12 +42,12 @@ SETTINGS = {
   'lstm': torch_models.Sizes(VOCAB_SIZE, 32, 128, 512, 1),
   'lstm_layer': torch_models.Sizes(VOCAB_SIZE, 32, 128, 512, 1),
 }
-THEIRS, THEIRS_IN_OUR_BLOCK = 'PyTorch', 'PyTorch, our own block'
+THEIRS, THEIRS_IN_OUR_BLOCK, THEIRS_WITH_OUR_MALLOC = 'PyTorch', 'PyTorch, our own block', 'PyTorch, our malloc'
 NAMES = {
   'nanogpt_cpu': (THEIRS, 'textgen_jax, same mathematics', THEIRS_IN_OUR_BLOCK, 'textgen_jax, own block'),
   'nanogpt_10m': (THEIRS, 'textgen_jax, same mathematics', THEIRS_IN_OUR_BLOCK, 'textgen_jax, own block'),
-  'lstm': (THEIRS, 'textgen_jax'),
-  'lstm_layer': (THEIRS, 'textgen_jax'),
+  'lstm': (THEIRS, THEIRS_WITH_OUR_MALLOC, 'textgen_jax'),
+  'lstm_layer': (THEIRS, THEIRS_WITH_OUR_MALLOC, 'textgen_jax'),
 }
 BFLOAT16 = ', bfloat16'  # what ends the name of a contender that multiplies it
 
@@ -55,8 +56,8 @@ def names(setting: str) -> tuple[str, ...]:
   from textgen_jax import backend
 
   found = NAMES[setting]
-  rounded = found[-2:] if backend.cpu_multiplies_bfloat16() else ()
-  return (*found, *(name + BFLOAT16 for name in rounded))
+  rounded = found if not SETTINGS[setting].num_heads else found[-2:]
+  return (*found, *(name + BFLOAT16 for name in rounded if backend.cpu_multiplies_bfloat16()))
 
 
 def main() -> None:
@@ -66,18 +67,16 @@ def main() -> None:
   parser.add_argument('--serve', metavar='SETTING:NAME', help='for the script itself: time what stdin asks for')
   args = parser.parse_args()
   if args.serve:
-    from textgen_jax import allocator
-
-    allocator.keep_memory()  # as train.py does; PyTorch gained nothing from it
     setting, _, name = args.serve.partition(':')
+    if not name.startswith(THEIRS) or name.startswith(THEIRS_WITH_OUR_MALLOC):
+      from textgen_jax import allocator
+
+      allocator.keep_memory()  # as train.py does
     contenders.serve(make(setting, name))
     return
   versions = ', '.join(f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'jaxlib', 'torch', 'numpy'))
   peak = max(product_gflops(size) for size in (512, 1024, 2048))
   print(f'{CORES} cores; {versions}; largest float32 product: {peak:.0f} GFLOP/s\n')
-  columns = f'ms a step, median of {args.repeats} | least to most | times {THEIRS}, by turn | times {THEIRS_IN_OUR_BLOCK} | share of peak'
-  print(f'| setting | | {columns} |')
-  print('|---' * 7 + '|')
   for setting in args.setting:
     compare(setting, args.repeats, peak)
 
@@ -96,12 +95,16 @@ def compare(setting: str, repeats: int, peak_gflops: float) -> None:
       times[name].append(seconds / steps[name] * 1e3)
   for rival in rivals.values():
     rival.close()
+  peers = [name for name in names(setting) if name.startswith(THEIRS) and not name.endswith(BFLOAT16)]
+  columns = [f'{setting}, ms a step, median of {repeats}', 'least to most', *(f'times {peer}, by turn' for peer in peers), 'share of peak']
+  print('| | ' + ' | '.join(columns) + ' |')
+  print('|---' * (len(columns) + 1) + '|')
   for name, ms in times.items():
     median = statistics.median(ms)
     share = flops_a_step(setting) / (median * 1e-3) / (peak_gflops * 1e9)
-    ratios = [against(ms, times[peer]) for peer in (THEIRS, THEIRS_IN_OUR_BLOCK) if peer in times]
-    cells = [setting, name, f'{median:.1f}', f'{min(ms):.1f} to {max(ms):.1f}', *ratios, *[''] * (2 - len(ratios)), f'{share:.0%}']
+    cells = [name, f'{median:.1f}', f'{min(ms):.1f} to {max(ms):.1f}', *(against(ms, times[peer]) for peer in peers), f'{share:.0%}']
     print('| ' + ' | '.join(cells) + ' |', flush=True)
+  print()
 
 
 def against(ms: list[float], peer: list[float]) -> str:
@@ -133,7 +136,7 @@ def product_gflops(size: int, seconds: float = 1.0) -> float:
 
 def make(setting: str, name: str) -> Steps:
   bare, rounded = name.removesuffix(BFLOAT16), name.endswith(BFLOAT16)
-  if bare in (THEIRS, THEIRS_IN_OUR_BLOCK):
+  if bare.startswith(THEIRS):
     return their_layer(rounded) if setting == 'lstm_layer' else theirs(setting, bare == THEIRS_IN_OUR_BLOCK, rounded)
   dtype = 'bfloat16' if rounded else 'float32'
   return our_layer(dtype) if setting == 'lstm_layer' else ours(setting, bare.endswith('own block'), dtype)
