@@ -3,7 +3,7 @@
   pip install -e '.[bench]'
   python benchmarks/run_all.py [--text=tinyshakespeare.txt] [--quick] [--only training_speed ...]
 
-About forty minutes on two cores. `--text`, tiny Shakespeare, is what `time_to_quality` needs. `--quick` has each repeat as little as
+Fifty minutes on two cores. `--text`, tiny Shakespeare, is what `time_to_quality` needs. `--quick` has each repeat as little as
 it can, to see that all run. The table is `benchmarks/results/DATE-cpu-all.md`, or `--output`.
 """
 

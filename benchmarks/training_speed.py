@@ -8,9 +8,10 @@ Settings: nanoGPT's for CPUs (0.80 M parameters, 12 rows of 64 tokens), nanoGPT'
 PyTorch and beside itself, written in PyTorch; and, on a CPU that multiplies bfloat16, with products of it (`training.product_dtype=auto`),
 beside PyTorch's autocast to it. A step is forward, backward, a clip of the gradient by its global norm and AdamW, on batches
 that are made beforehand; `LSTM layer` is forward and backward of one layer alone. Each contender has a process of its own that sleeps while
-another is timed; PyTorch has as many threads as there are cores, and malloc as the system has it; an LSTM of PyTorch's gains from ours
-(`textgen_jax/allocator.py`), so that it is shown with it too. The share of the peak is of the fastest of some square float32 products in
-numpy, measured in the same run; products that an LSTM with few tokens needn't do count as done.
+another is timed; PyTorch has as many threads as there are cores, and the system's malloc. Its LSTM is timed with ours too
+(`textgen_jax/allocator.py`), from which it gains a fifth; on more than four cores, or beside an accelerator, ours is the system's.
+The share of the peak is of the fastest of some square float32 products in numpy, measured in the same run; products that an LSTM with few
+tokens needn't do count as done.
 """
 
 import argparse
@@ -56,8 +57,10 @@ def names(setting: str) -> tuple[str, ...]:
   from textgen_jax import backend
 
   found = NAMES[setting]
-  rounded = found if not SETTINGS[setting].num_heads else found[-2:]
-  return (*found, *(name + BFLOAT16 for name in rounded if backend.cpu_multiplies_bfloat16()))
+  if not backend.cpu_multiplies_bfloat16():
+    return found
+  rounded = found[-2:] if SETTINGS[setting].num_heads else found  # of a Transformer our own block alone
+  return (*found, *(name + BFLOAT16 for name in rounded))
 
 
 def main() -> None:
@@ -68,7 +71,7 @@ def main() -> None:
   args = parser.parse_args()
   if args.serve:
     setting, _, name = args.serve.partition(':')
-    if not name.startswith(THEIRS) or name.startswith(THEIRS_WITH_OUR_MALLOC):
+    if name.startswith(('textgen_jax', THEIRS_WITH_OUR_MALLOC)):
       from textgen_jax import allocator
 
       allocator.keep_memory()  # as train.py does
@@ -95,10 +98,10 @@ def compare(setting: str, repeats: int, peak_gflops: float) -> None:
       times[name].append(seconds / steps[name] * 1e3)
   for rival in rivals.values():
     rival.close()
-  peers = [name for name in names(setting) if name.startswith(THEIRS) and not name.endswith(BFLOAT16)]
-  columns = [f'{setting}, ms a step, median of {repeats}', 'least to most', *(f'times {peer}, by turn' for peer in peers), 'share of peak']
-  print('| | ' + ' | '.join(columns) + ' |')
-  print('|---' * (len(columns) + 1) + '|')
+  peers = [name for name in rivals if name.startswith(THEIRS) and not name.endswith(BFLOAT16)]
+  columns = [setting, f'ms a step, median of {repeats}', 'least to most', *(f'times {peer}, by turn' for peer in peers), 'share of peak']
+  print('| ' + ' | '.join(columns) + ' |')
+  print('|---' * len(columns) + '|')
   for name, ms in times.items():
     median = statistics.median(ms)
     share = flops_a_step(setting) / (median * 1e-3) / (peak_gflops * 1e9)

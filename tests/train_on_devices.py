@@ -161,7 +161,7 @@ def main(num_devices, text, workdir):
   jax.config.update('jax_disable_most_optimizations', True)
   found = {}
   for sizes in WIDE_MESHES.get(num_devices, []):
-    for kind in ('transformer', 'lstm', 'deep lstm'):
+    for kind in ('transformer', 'deep lstm'):
       found[f'wide {kind} {"x".join(map(str, sizes))}'] = wide(kind, text, sizes)
   for sizes in SCANNED_MESHES.get(num_devices, []):
     found[f'wide scanned {"x".join(map(str, sizes))}'] = wide('scanned', text, sizes)

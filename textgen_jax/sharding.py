@@ -110,7 +110,12 @@ def make_mesh(config: ShardingConfig, devices: Sequence[Any] | None = None) -> M
   Slices of a TPU, between which the network is slower, each have whole copies of the parameters: `data` goes over them.
   """
   devices = jax.devices() if devices is None else devices
-  shape = mesh_shape(config, len(devices))
+  try:
+    shape = mesh_shape(config, len(devices))
+  except errors.UserError as error:
+    if devices[0].platform != 'cpu':
+      raise
+    raise errors.UserError(f'{error}; of a CPU train.py makes N where sharding.cpu_devices=N says so') from error
   # The default axis type, Explicit, breaks linen's modules.
   types = (AxisType.Auto,) * len(MESH_AXES)
   if devices[0].platform != 'tpu':

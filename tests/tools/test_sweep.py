@@ -193,6 +193,7 @@ def test_results_of_other_text_are_not_mixed(fake, text_file, tmp_path, capsys):
     (['--grid=model.kind=lstm'], 'model.kind is set by the config file'),
     (['--grid=model.dropout'], 'is not FIELD=VALUE,VALUE'),
     (['--grid=seed=0,1'], '--seeds'),
+    (['--grid=sharding.cpu_devices=1,2'], 'would change nothing'),
     (['--grid=model.dropout=0', '--grid=model.dropout=0.1'], 'model.dropout is set twice'),
     (['--grid=model.dim=16,32'], 'model.dim is set twice'),
     (['--grid=model.dropout=0,0.1', '--gird=x'], 'did you mean --grid?'),

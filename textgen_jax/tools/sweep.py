@@ -94,6 +94,8 @@ def combinations(configuration: Sequence[str], grid: Sequence[str]) -> 'list[swe
       raise errors.UserError(f'--grid={text!r} is not FIELD=VALUE,VALUE,..., such as optimizer.peak_lr=1e-3,3e-3')
     if field == 'seed':
       raise errors.UserError(f'--grid={text!r}: how many seeds each combination has is told by --seeds; they count from --config.seed')
+    if field == 'sharding.cpu_devices':
+      raise errors.UserError(f'--grid={text!r} would change nothing: a sweep makes one device of a CPU, and trains seeds side by side')
     if field in axes or any(flag.lstrip('-').startswith(f'config.{field}=') for flag in configuration):
       raise errors.UserError(f'--grid={text!r}: {field} is set twice')
     axes[field] = listed.split(',')
