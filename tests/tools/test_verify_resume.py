@@ -45,10 +45,10 @@ def test_a_run_that_keeps_something_in_the_process_is_found(quickly, capfd, text
 """,
   )
   monkeypatch.setattr(verify_resume, 'TRAIN', broken)
-  settings = {'num_steps': 80, 'log_every_steps': 1, 'checkpoint_every_steps': 4, 'eval_every_steps': 0}
+  settings = {'num_steps': 150, 'log_every_steps': 1, 'checkpoint_every_steps': 4, 'eval_every_steps': 0}
   runs = verify_resume.Runs([*configuration(text_file), *(f'--config.training.{name}={value}' for name, value in settings.items())])
-  with pytest.raises(errors.RunError, match=r'the run that was killed is another one: params/\S+ differs in the checkpoints of step 80'):
-    verify_resume.verify(runs, tmp_path, 1, 80, random.Random(4))
+  with pytest.raises(errors.RunError, match=r'the run that was killed is another one: params/\S+ differs in the checkpoints of step 150'):
+    verify_resume.verify(runs, tmp_path, 1, 150, random.Random(4))
 
 
 def test_a_run_that_fails_is_told_with_its_last_words(text_file, tmp_path):
